@@ -35,10 +35,10 @@ from torch import nn
 TUBELET = 2                                      # frames in a tube, at every size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Ψ's shape at each size; decoder heads are 64 wide as well. `tiny` is ours, for 64-pixel clips on a laptop.
+# Ψ's shape at each size; decoder heads are 64 wide as well. `tiny` is ours, for 48-pixel clips on a laptop.
 #          patch | encoder: width depth heads | decoder: width depth heads | φ: hidden widths and F
 SIZES = {
-    "tiny":  (8,  (192,  4,  3), (96,  2, 3), (256, 256, 128, 64)),
+    "tiny":  (8,  (128,  4,  2), (64,  2, 1), (256, 64)),
     "small": (16, (384,  12, 6), (192, 4, 3), (1024, 1024, 512, 256)),
     "base":  (16, (768,  12, 12), (384, 4, 6), (1024, 1024, 512, 256)),
     "large": (16, (1024, 24, 16), (512, 4, 8), (1024, 1024, 512, 256)),
@@ -347,12 +347,21 @@ class SIGMA(nn.Module):
             self.prototypes = nn.Parameter(torch.randn(num_prototypes, out_width))               # C
 
     def load_teacher(self, path=None):
-        """Loads DINO's weights from a file, or from their public URL into PyTorch's cache. Frozen; not in state_dict()."""
-        if path is not None:
-            weights = load_checkpoint(path)
+        """Loads DINO's weights from a file, or from their public URL into PyTorch's cache. Frozen; not in state_dict().
+
+        Raises ValueError for a file that is something else, OSError where the address cannot be reached.
+        """
+        if path is None:
+            try:
+                weights = torch.hub.load_state_dict_from_url(self.teacher_url, map_location="cpu", weights_only=True)
+            except OSError as error:
+                raise OSError(f"DINO's weights could not be downloaded ({error}): fetch {self.teacher_url} elsewhere and name the file with --dino-weights") from None
         else:
-            weights = torch.hub.load_state_dict_from_url(self.teacher_url, map_location="cpu", weights_only=True)
-        self.teacher.load_state_dict(weights)
+            weights = load_checkpoint(path)
+        try:
+            self.teacher.load_state_dict(weights)
+        except RuntimeError:
+            raise ValueError(f"{path}: not the weights of this DINO network; they are at {self.teacher_url}") from None
 
     # The teacher is frozen and public: not stored, and not missed when a checkpoint is loaded strictly.
     def state_dict(self, *args, **kwargs):
@@ -481,7 +490,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: refused, it holds more than tensors and plain data ({str(error).splitlines()[0]})") from None
     except FileNotFoundError:
         raise
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:   # bytes that are no checkpoint end in any error
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")

@@ -5,9 +5,17 @@ import json
 import math
 import os
 import pickle
+import random
+import resource
+import signal
+import struct
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.error
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +24,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import sigma
+import train
 from sigma import SIGMA, sinkhorn, sinkhorn_argmax, tube_mask
 
 HERE = Path(__file__).parent
@@ -62,7 +72,7 @@ def test_patchify_puts_every_pixel_where_the_definition_says():
 def test_embedding_the_visible_tubes_equals_convolving_the_clip():
     model = SIGMA("tiny", frames=4, image_size=32)
     video, index = torch.randn(2, 3, 4, 32, 32), torch.tensor([[3, 7, 20], [0, 1, 31]])
-    whole = model.encoder.patch_embed["proj"](video).flatten(2).transpose(1, 2) + sigma.sincos_table(32, 192)
+    whole = model.encoder.patch_embed["proj"](video).flatten(2).transpose(1, 2) + sigma.sincos_table(32, 128)
     model.encoder.blocks, model.encoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
     tokens = model.encoder(sigma.take_tubes(sigma.patchify(video, 8), index), index)
     torch.testing.assert_close(tokens, sigma.take_tubes(whole, index), atol=1e-5, rtol=1e-4)
@@ -361,16 +371,16 @@ def train_tiny(model, steps=150, noise=0.5):
 
 def test_l2_on_learned_features_collapses_and_sigma_does_not():
     first, last = train_tiny(tiny(loss="l2"))
-    assert last["spread"] < 0.01 and last["spread"] < first["spread"] / 4
+    assert last["spread"] < 0.06 and last["spread"] < first["spread"] / 8
     first, last = train_tiny(tiny())
-    assert last["spread"] > 0.2 > first["spread"] and last["perplexity"] > 3 and last["agreement"] > 2 / 12
+    assert last["spread"] > 0.3 and last["perplexity"] > 3 and last["agreement"] > 2 / 12
 
 
 def test_assign_and_features():
     model = tiny()
     video, mask = clip()
     chosen, tokens = model.assign(video), model.features(video)
-    assert chosen.shape == (4, 32) and chosen.dtype == torch.int64 and tokens.shape == (4, 32, 192)
+    assert chosen.shape == (4, 32) and chosen.dtype == torch.int64 and tokens.shape == (4, 32, 128)
     x = F.normalize(model.head(sigma.normalize_tubes(sigma.patchify(video, 8))), dim=-1)
     assert torch.equal(chosen, (x @ F.normalize(model.prototypes, dim=1).T).argmax(dim=-1))
     assert (model.frames, model.image_size) == (4, 32)
@@ -427,3 +437,1278 @@ def test_load_checkpoint_reads_the_authors_files_and_refuses_code(tmp_path, monk
             sigma.load_checkpoint(name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+W, H, N = 128, 96, 70                            # of most test videos: width, height, frames
+
+
+# ============ making videos ============
+
+def paint(n, width=W, height=H):
+    """uint8 [height, width, 3]: eight bars, dark or light as the bits of n, on the upper half; inverted on the lower."""
+    bits = (n >> np.arange(8)) & 1
+    row = (40 + 170 * bits)[np.arange(width) * 8 // width]
+    picture = np.where(np.arange(height)[:, None] < height // 2, row, 250 - row)
+    return np.repeat(picture[:, :, None], 3, 2).astype(np.uint8)
+
+
+def numbers_of(clip):
+    """The painted number of every frame of uint8 [T, 3, S, S] that shows the whole picture; fails if it is not clear."""
+    size = clip.shape[-1]
+    x = torch.arange(8) * size // 8 + size // 16
+    upper, lower = clip.float().mean(1)[:, size // 4][:, x], clip.float().mean(1)[:, 3 * size // 4][:, x]
+    assert ((upper - lower).abs() > 60).all(), "the bar code is damaged"
+    return ((upper > lower).long() << torch.arange(8)).sum(1).tolist()
+
+
+def write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=None, options=None, copts=None, audio=False):
+    """Encodes pictures (default: N bar codes). times: pts in milliseconds."""
+    pictures = [paint(n) for n in range(N)] if pictures is None else pictures
+    with av.open(str(path), "w", options=copts or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+        if "bf" in (options or {}):
+            stream.codec_context.max_b_frames = int(options["bf"])
+        if times:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for n, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[n], Fraction(1, 1000)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+X264 = "keyint=30:bframes=3:b-pyramid=normal:scenecut=0:b-adapt=0:log-level=-1"
+VFR = np.cumsum(random.Random(0).choices([10, 33, 47, 180], k=N)).tolist()
+FORMATS = {
+    "bframes.mp4": dict(options={"x264-params": X264}),
+    "opengop.mp4": dict(options={"x264-params": X264 + ":open-gop=1"}),
+    "opengop.ts": dict(options={"x264-params": X264 + ":open-gop=1"}),
+    "nocount.mkv": dict(options={"x264-params": X264}),
+    "vfr.mkv": dict(options={"x264-params": X264}, times=VFR),
+    "vfr.mp4": dict(options={"x264-params": X264}, times=VFR),
+    "mpeg4.avi": dict(codec="mpeg4", options={"bf": "2", "g": "12"}),
+    "plain.avi": dict(codec="mpeg4", options={"g": "12"}),
+    "h264.avi": dict(options={"x264-params": X264}),                          # decoding times only
+    "raw.h264": dict(options={"x264-params": X264}),                          # no timestamps at all
+    "mpeg2.mpg": dict(codec="mpeg2video", options={"bf": "2", "g": "15"}),
+    "vp9.webm": dict(codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "10", "g": "30"}),
+    "vp8.webm": dict(codec="libvpx", options={"deadline": "realtime", "g": "30"}),
+    "hevc.mov": dict(codec="libx265", options={"preset": "ultrafast", "x265-params": "keyint=20:bframes=3:log-level=none"}),
+    "tenbit.mp4": dict(pix_fmt="yuv420p10le", options={"x264-params": X264}),
+    "grey.mkv": dict(codec="ffv1", pix_fmt="gray"),
+    "alpha.mkv": dict(codec="ffv1", pix_fmt="yuva420p"),
+    "alpha.mov": dict(codec="qtrle", pix_fmt="argb"),
+    "odd.mkv": dict(pix_fmt="yuv444p", options={"x264-params": X264}, pictures=[paint(n, 131, 97) for n in range(N)]),
+    "odd420.mkv": dict(codec="ffv1", pictures=[paint(n, 131, 97) for n in range(N)]),
+    "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="session")
+def video(folder):
+    """video(name) -> path of the named format, written once."""
+    return functools.lru_cache(None)(lambda name: str(write(folder / name, **FORMATS[name])))
+
+
+def whole(path, frames, stride, start, size=64, **kwargs):
+    """read_clip of the whole picture."""
+    with data.Video(path) as file:
+        width, height = file.stream.width, file.stream.height
+    return data.read_clip(path, frames, stride, start, crop=(0, 0, width, height), size=size, **kwargs)
+
+
+def plain_decode(path):
+    """All frames, decoded by nothing but PyAV's loop."""
+    with av.open(path) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+# ============ exact frames ============
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_frames_are_the_ones_asked_for(video, name):
+    path = video(name)
+    for start, stride, frames in [(0, 4, 16), (0, 1, 5), (1, 3, 4), (29, 1, 4), (31, 2, 3), (34, 7, 5), (N - 4, 1, 4), (N - 1, 1, 1), (N - 5, 3, 4)]:
+        expected = [min(n, N - 1) for n in range(start, start + frames * stride, stride)]
+        assert numbers_of(whole(path, frames, stride, start)) == expected
+    got = numbers_of(whole(path, 4, 4, None, generator=torch.Generator().manual_seed(3)))
+    assert np.diff(got).tolist() == [4, 4, 4]
+
+
+def test_scattered_numbers_and_several_views(video):
+    with data.Video(video("opengop.mp4")) as file:
+        everything = (0, 0, W, H)
+        lists = [[60, 3, 3, 41], [0, 69], [28, 29, 30, 31]]
+        for _ in range(2):                       # a second reading of an open file as well
+            clips = file.read([(numbers, everything) for numbers in lists], 64)
+            assert [numbers_of(torch.from_numpy(clip).transpose(0, 1)) for clip in clips] == lists
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "opengop.mp4", "opengop.ts", "mpeg4.avi", "mpeg2.mpg", "hevc.mov", "vp9.webm", "vp8.webm"])
+def test_frames_are_bit_identical_to_a_plain_decode(folder, name):
+    """Skipping what nobody wants must not change what is wanted, down to the last bit."""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (H // 4, W // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    moving = [np.roll(texture, (n, -2 * n), (0, 1)) for n in range(50)]
+    path = str(write(folder / ("texture-" + name), **{**FORMATS[name], "pictures": moving}))
+    truth, seen = plain_decode(path), []
+
+    def keep(self, graphs, frame, *_):           # the frame as decoded, before crop and scale
+        seen.append(frame.to_ndarray(format="rgb24"))
+
+    for numbers in ([5, 9, 13, 17], [20], [30, 34, 38], [31, 35, 49], [0, 24, 48]):
+        seen.clear()
+        with data.Video(path) as file:
+            assert file.timed
+            convert, data.Video._convert = data.Video._convert, keep
+            try:
+                file.read([(numbers, None)], 8)
+            finally:
+                data.Video._convert = convert
+        # H.264's open groups with referenced B-frames are decoded a second time, from the start of the file
+        assert len(seen) == len(numbers) or name.startswith("opengop")
+        for n, picture in zip(numbers, seen[-len(numbers):]):
+            assert np.array_equal(picture, truth[n]), n
+
+
+def test_unwanted_frames_are_not_decoded(video, monkeypatch):
+    """What makes it quick: of the 65 frames up to a late one, only a few of its own group of pictures are decoded."""
+    decoded, run = [], data.Video.decode_run
+    monkeypatch.setattr(data.Video, "decode_run", lambda *arguments: (decoded.append(frame) or frame for frame in run(*arguments)))
+    with data.Video(video("bframes.mp4")) as file:
+        assert len(list(file._decode_near([69]))) == 1
+        assert len(decoded) <= 6                 # 60 is a keyframe, 69 the last; without skipping there are ten
+
+
+def test_large_files_are_read_twice_instead_of_kept(video, monkeypatch):
+    monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)
+    for name in ("bframes.mp4", "opengop.ts", "h264.avi"):
+        assert numbers_of(whole(video(name), 4, 5, 40)) == [40, 45, 50, 55]
+
+
+def test_hidden_vp8_frames_are_not_counted(folder, video):
+    """Clears the show_frame bit of some packets: the decoder then puts nothing out for them."""
+    path = folder / "hidden.webm"
+    with av.open(video("vp8.webm")) as source, av.open(str(path), "w") as target:
+        template = source.streams.video[0]       # PyAV before 14 takes it as an argument
+        stream = target.add_stream_from_template(template) if hasattr(target, "add_stream_from_template") else target.add_stream(template=template)
+        for i, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            content = bytearray(bytes(packet))
+            if i in (5, 6, 33):
+                content[0] &= ~0x10
+            copy = av.Packet(bytes(content))
+            copy.pts, copy.dts, copy.time_base, copy.is_keyframe, copy.stream = packet.pts, packet.dts, packet.time_base, packet.is_keyframe, stream
+            target.mux(copy)
+    shown = [n for n in range(N) if n not in (5, 6, 33)]
+    assert numbers_of(whole(str(path), 8, 5, 3)) == shown[3:43:5]
+
+
+def test_stream_that_begins_in_an_open_group(folder):
+    """A recording cut at a keyframe: the B-frames shown before it lack what they refer to, and are no frames."""
+    whole_path = str(write(folder / "closed.ts", options={"x264-params": X264.replace("b-pyramid=normal", "b-pyramid=none") + ":open-gop=1"}))
+    path = str(folder / "begins-open.ts")
+    with av.open(whole_path) as source, av.open(path, "w") as target:
+        template, keys = source.streams.video[0], 0
+        stream = target.add_stream_from_template(template) if hasattr(target, "add_stream_from_template") else target.add_stream(template=template)
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe and packet.size > 0
+            if keys >= 2 and packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with data.Video(path) as file:
+        first = numbers_of(data.read_clip(path, 1, 1, 0, crop=(0, 0, W, H), size=64))[0]
+        assert first in (29, 30, 31) and file.frames == N - first
+    assert numbers_of(whole(path, 8, 3, 0)) == list(range(first, first + 24, 3))
+
+
+def test_edit_list_hides_its_frames(folder, video):
+    """Moves the first edit of the file three frames on: the packets are still demuxed, the frames not shown."""
+    content = bytearray(open(video("bframes.mp4"), "rb").read())
+    at = content.index(b"elst") + 4 + 4 + 4      # behind version, flags and count: duration, media time
+    duration, start = struct.unpack_from(">Ii", content, at)
+    scale = struct.unpack_from(">I", content, content.index(b"mdhd") + 4 + 12)[0]
+    struct.pack_into(">Ii", content, at, duration, start + 3 * scale // 25)
+    path = folder / "edit.mp4"
+    path.write_bytes(content)
+    assert len(plain_decode(str(path))) == N - 3
+    assert numbers_of(whole(str(path), 4, 4, 0)) == [3, 7, 11, 15]
+
+
+def test_short_video_repeats_its_last_frame(folder):
+    path = write(folder / "short.mp4", pictures=[paint(n) for n in range(5)])
+    assert numbers_of(whole(path, 6, 2, 0)) == [0, 2, 4, 4, 4, 4]
+    assert numbers_of(whole(path, 6, 2, None)) == [0, 2, 4, 4, 4, 4]
+    one = write(folder / "one.mp4", pictures=[paint(9)])
+    assert numbers_of(whole(one, 16, 4, None)) == [9] * 16
+
+
+# ============ crops and orientation ============
+
+def ramp(width, height):
+    """Red grows with x, green with y, blue is flat: every pixel tells where it lies."""
+    x, y = np.meshgrid(np.linspace(20, 235, width), np.linspace(20, 235, height))
+    return np.stack([x, y, np.full_like(x, 128)], -1).round().astype(np.uint8)
+
+
+def expected_ramp(width, height, crop, size):
+    x, y, w, h = crop
+    at_x = x + (np.arange(size) + 0.5) * w / size - 0.5
+    at_y = y + (np.arange(size) + 0.5) * h / size - 0.5
+    return 20 + 215 * at_x / (width - 1), 20 + 215 * at_y / (height - 1)
+
+
+MATRICES = {                                     # as tkhd stores them: a b c d; what the display does to the coded picture
+    "none": ((1, 0, 0, 1), lambda p: p),
+    "90": ((0, 1, -1, 0), lambda p: np.rot90(p, -1)),
+    "180": ((-1, 0, 0, -1), lambda p: np.rot90(p, 2)),
+    "270": ((0, -1, 1, 0), lambda p: np.rot90(p, 1)),
+    "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+    "transposed": ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+}
+
+
+def rotate(path, name):
+    content = bytearray(open(path, "rb").read())
+    a, b, c, d = MATRICES[name][0]
+    struct.pack_into(">9i", content, content.index(b"tkhd") + 4 + 40, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    open(path, "wb").write(content)
+    return path
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv420p"])
+def test_crop_is_in_displayed_pixels(folder, name, pix_fmt):
+    displayed = ramp(160, 112)
+    inverse = {"90": "270", "270": "90"}.get(name, name)
+    coded = MATRICES[inverse][1](displayed)
+    path = rotate(write(folder / f"{name}-{pix_fmt}.mp4", pictures=[coded] * 3, pix_fmt=pix_fmt, options={"qp": "2"}), name)
+    for crop in [(0, 0, 160, 112), (101, 7, 40, 90), (17, 33, 64, 64), (159, 111, 1, 1), (60, 0, 100, 30), None]:
+        clip = data.read_clip(path, 2, 1, 0, crop=crop, size=48)[1].float().numpy()
+        red, green = expected_ramp(160, 112, crop or (24, 0, 112, 112), 48)
+        for channel, line in ((clip[0], np.broadcast_to(red, (48, 48))), (clip[1], np.broadcast_to(green[:, None], (48, 48)))):
+            edge = slice(1, -1) if crop is None or crop[2] > 1 else slice(None)
+            assert np.abs(channel - line)[edge, edge].max() < (5 if pix_fmt == "yuv444p" else 9), crop
+    for crop in [(100, 0, 61, 10), (-1, 0, 10, 10), (0, 100, 10, 13), (0, 0, 0, 5)]:
+        with pytest.raises(data.VideoError, match="crop"):
+            data.read_clip(path, 1, 1, 0, crop=crop)
+
+
+@pytest.mark.parametrize("name", ["mjpeg.avi", "bframes.mp4", "tenbit.mp4"])
+def test_colours_and_range(folder, name):
+    """Full-range and 10-bit pictures come out in the colours that went in."""
+    colours = [(250, 250, 250), (5, 5, 5), (200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    path = write(folder / ("colours-" + name), **{**FORMATS[name], "pictures": [np.full((64, 64, 3), c, np.uint8) for c in colours]})
+    got = data.read_clip(path, 5, 1, 0, size=32).float().mean((2, 3))
+    assert (got - torch.tensor(colours)).abs().max() < 8
+
+
+# ============ files that are wrong ============
+
+def broken_files(folder):
+    good = open(write(folder / "good.mp4", options={"x264-params": X264}), "rb").read()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
+    (folder / "headless.mp4").write_bytes(good[:len(good) // 2])
+    (folder / "text.mp4").write_bytes(b"ffconcat version 1.0\nfile /etc/passwd\n")
+    (folder / "dir.mp4").mkdir(exist_ok=True)
+    if not (folder / "pipe.mp4").exists():
+        os.mkfifo(folder / "pipe.mp4")
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        for n in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 1024), np.int16), format="s16", layout="stereo")
+            frame.rate, frame.pts = 44100, 1024 * n
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    huge = bytearray(good)
+    at = huge.index(b"avc1") + 4 + 24
+    struct.pack_into(">HH", huge, at, 65000, 65000)
+    (folder / "huge.mp4").write_bytes(huge)
+    return ["empty.mp4", "garbage.mp4", "headless.mp4", "text.mp4", "dir.mp4", "pipe.mp4", "sound.mp4", "absent.mp4"]
+
+
+def test_unreadable_files_give_one_line(tmp_path):
+    for name in broken_files(tmp_path):
+        with pytest.raises(data.VideoError) as error:
+            data.read_clip(tmp_path / name)
+        assert name != "pipe.mp4" or "regular" in str(error.value)
+        assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value) and len(str(error.value)) > 5, name
+    os.chmod(tmp_path / "good.mp4", 0)
+    if os.getuid():
+        with pytest.raises(data.VideoError, match="ermission"):
+            data.read_clip(tmp_path / "good.mp4")
+    for arguments in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
+        with pytest.raises(ValueError):
+            data.read_clip(tmp_path / "good.mp4", **arguments)
+
+
+def test_absurd_size_is_refused_without_the_memory(tmp_path):
+    monster = [np.zeros((32, 16384, 3), np.uint8)]
+    path = str(write(tmp_path / "wide.mkv", "ffv1", monster, "gray"))
+    assert data.read_clip(path, 1, 1, 0, size=16).shape == (1, 3, 16, 16)
+    limit, data.MAX_PIXELS = data.MAX_PIXELS, 100 * 100
+    try:
+        with pytest.raises(data.VideoError):
+            data.read_clip(path, 1, 1, 0)
+    finally:
+        data.MAX_PIXELS = limit
+
+
+@pytest.mark.parametrize("name", ["bframes.mp4", "nocount.mkv", "opengop.ts", "mpeg4.avi", "hevc.mov"])
+def test_truncated_file_gives_what_lies_before_the_end(tmp_path, video, name):
+    copts = {"movflags": "faststart"} if name.endswith(("mp4", "mov")) else {}
+    path = write(tmp_path / name, **FORMATS[name], copts=copts)
+    content = open(path, "rb").read()
+    header = content.index(b"mdat") if copts else 0
+    open(path, "wb").write(content[:header + (len(content) - header) * 6 // 10])
+    assert numbers_of(whole(path, 4, 3, 0)) == [0, 3, 6, 9]
+    if not name.endswith(".ts"):                 # a transport stream has no end that could be missing
+        with pytest.raises(data.VideoError):     # would have to repeat a frame that is not the last
+            whole(path, 16, 4, 20)
+
+
+@pytest.mark.parametrize("name", ["plain.avi", "mjpeg.avi"])
+def test_half_a_packet_is_no_frame(tmp_path, video, name):
+    with data.Video(video(name)) as file:
+        end = file.packets[40].pos + 8 + file.packets[40].size * 3 // 4
+    (tmp_path / name).write_bytes(open(video(name), "rb").read()[:end])
+    assert numbers_of(whole(tmp_path / name, 1, 1, 39)) == [39]
+    with pytest.raises(data.VideoError):
+        whole(tmp_path / name, 1, 1, 40)
+
+
+def test_damage_in_the_middle_is_not_silent(tmp_path):
+    """Overwrites a stretch of the coded pictures, in twelve places: what comes back is right, or an error.
+
+    A decoder cannot see all damage: what parses is a picture. One file in six may get through; of files decoded with
+    libav's concealment it is more than half.
+    """
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 255, (H // 4, W // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    moving = [np.roll(texture, (n, -2 * n), (0, 1)) for n in range(N)]
+    path = write(tmp_path / "damaged.mp4", pictures=moving, options={"x264-params": X264.replace("keyint=30", "keyint=250")})
+    with data.Video(path) as video:
+        truth, = video.read([(list(range(N)), None)], 32)
+    content, wrong, early = open(path, "rb").read(), 0, 0
+    for trial in range(12):
+        damaged, rng = bytearray(content), np.random.default_rng(trial)
+        at = int(rng.integers(len(content) * 0.3, len(content) * 0.8))
+        damaged[at:at + 100] = rng.bytes(100)
+        open(path, "wb").write(damaged)
+        good, bad = [], []
+        for start in range(0, N - 3, 3):
+            try:
+                clip = data.read_clip(path, 3, 1, start, size=32).transpose(0, 1).numpy()
+                good.append(np.array_equal(clip, truth[:, start:start + 3]))
+            except data.VideoError:
+                bad.append(start)
+        wrong += not all(good)
+        early += len(good) >= 4 and min(bad, default=0) >= 12        # what lies before the damage is still there
+    assert wrong <= 2 and early >= 8
+
+
+# ============ folders and lists ============
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def found(source, **kwargs):
+    videos = data.find_videos(source, **kwargs)
+    return [videos.name(i) for i in range(len(videos))], videos.labels.tolist(), videos.classes
+
+
+def test_folders(tmp_path):
+    touch(tmp_path, "dog/b.mp4", "cat/deep/a.MKV", "cat/ä ö.webm", "cat/notes.txt", "cat/.hidden.mp4", ".cache/x.mp4")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dog" / "dir.mp4").mkdir()
+    (tmp_path / "dog" / "loop").symlink_to(tmp_path)
+    names, labels, classes = found(tmp_path)
+    assert names == ["cat/ä ö.webm", "cat/deep/a.MKV", "dog/b.mp4"] and labels == [0, 0, 1] and classes == ["cat", "dog", "empty"]
+    assert found(tmp_path, classes=["dog", "cat"])[1] == [1, 1, 0]
+    with pytest.raises(ValueError, match="dog"):
+        found(tmp_path, classes=["cat"])
+    touch(tmp_path, "top.mp4")
+    names, labels, classes = found(tmp_path)
+    assert len(names) == 4 and labels == [-1] * 4 and classes is None
+    (tmp_path / "nothing").mkdir()
+    for source in ("nothing", "absent", "top.mp4"):
+        with pytest.raises(ValueError, match=source):
+            found(tmp_path / source)
+
+
+def listed(tmp_path, content, **kwargs):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return found(path, **kwargs)
+
+
+@pytest.mark.parametrize("content, names, labels", [
+    ("a.mp4 0\nb.mp4 1\n", ["a.mp4", "b.mp4"], [0, 1]),
+    ("a.mp4,0\nb.mp4\t12", ["a.mp4", "b.mp4"], [0, 12]),
+    ("a.mp4\nb.mp4", ["a.mp4", "b.mp4"], [-1, -1]),
+    ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\n", ["a.mp4", "b.mp4"], [3, 4]),
+    ("my dog, 1.mp4 7\nä/ö 2.mp4, 8", ["my dog, 1.mp4", "ä/ö 2.mp4"], [7, 8]),
+    ("my dog, 1.mp4\nb 2.webm", ["my dog, 1.mp4", "b 2.webm"], [-1, -1]),
+    ('"a, b 3",5\n"say ""hi"".mp4",6', ["a, b 3", 'say "hi".mp4'], [5, 6]),
+    ("it's.mp4 1\n12 5", ["it's.mp4", "12"], [1, 5]),
+    ("a.mp4 300 1\nb c.avi 22 0", ["a.mp4", "b c.avi"], [1, 0]),
+    ("a.mp4 1\na.mp4 1\nb.mp4 01", ["a.mp4", "b.mp4"], [1, 1]),
+    ("/abs/a.mp4 1\n../up.mp4 2", ["/abs/a.mp4", "../up.mp4"], [1, 2]),
+])
+def test_list_files(tmp_path, content, names, labels):
+    assert listed(tmp_path, content)[:2] == (names, labels)
+
+
+def test_list_names_can_be_any_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    assert listed(tmp_path, b"caf\xe9.mp4 1\n")[0] == [name]
+    videos = data.find_videos(tmp_path / "list.txt")
+    assert videos.path(0) == os.path.join(tmp_path, name)
+
+
+@pytest.mark.parametrize("content, line, what", [
+    ("a.mp4 1\nb.mp4\n", 2, "no label"), ("a.mp4\n\nb.mp4 1", 3, "has a label"), ("a.mp4 -1", 1, "-1"),
+    ("a.mp4 dog", 1, "dog"), ("a.mp4 3.5", 1, "3.5"), ("a.mp4 1\na.mp4 2", 2, "a.mp4"), ("a.mp4 99999999999999999999", 1, "label"),
+    (b"\0\1\2 binary", 1, "no text"), ('"" 4', 1, "no path"),
+])
+def test_wrong_lists_name_the_line(tmp_path, content, line, what):
+    with pytest.raises(ValueError) as error:
+        listed(tmp_path, content)
+    assert f"list.txt, line {line}:" in str(error.value) and what in str(error.value) and "\n" not in str(error.value)
+
+
+def test_empty_list(tmp_path):
+    with pytest.raises(ValueError, match="no videos"):
+        listed(tmp_path, "# nothing\n\n")
+
+
+def test_200_000_lines_take_seconds(tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"videos/some class/video_{i:07d}_000010.mp4 {i % 400}\n" for i in range(200_000)))
+    began = time.process_time()
+    videos = data.find_videos(tmp_path / "list.txt")
+    assert time.process_time() - began < 4 and len(videos) == 200_000
+    assert videos.name(123_456) == "videos/some class/video_0123456_000010.mp4" and videos.labels[123_456] == 123_456 % 400
+    assert not any(isinstance(value, list) for value in vars(videos).values())
+
+
+# ============ clips, sampler, loader ============
+
+def mask(generator, views=1):
+    return torch.rand(views, 6, generator=generator) > 0.5
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Two classes of three videos, one of the six unreadable."""
+    root = tmp_path_factory.mktemp("dataset")
+    for i in range(6):
+        path = root / ("left" if i < 3 else "right") / f"{i} ü.mp4"
+        path.parent.mkdir(exist_ok=True)
+        write(path, pictures=[paint(n) for n in range(30)], options={"preset": "ultrafast"})
+    (root / "right" / "4 ü.mp4").write_bytes(b"no video at all")
+    return root
+
+
+def take(dataset, workers=0, seed=1, start=0, stop=4, **kwargs):
+    videos = data.find_videos(dataset)
+    clips = data.Clips(videos, 4, 2, 32, seed=seed, repeats=2, mask=functools.partial(mask, views=2), **kwargs)
+    sampler = data.EpochSampler(len(videos), 4, seed=seed, repeats=2, start=start, stop=stop)
+    return list(data.load(clips, sampler, workers=workers))
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in ("video", "mask", "label", "index")) and a["bad"] == b["bad"]
+
+
+def test_clips_are_a_function_of_seed_epoch_and_index(dataset):
+    reference = take(dataset, stop=6)
+    assert reference[0]["video"].shape == (4, 3, 4, 32, 32) and reference[0]["mask"].shape == (4, 6)
+    for workers in (1, 2):
+        again = take(dataset, workers=workers, stop=6)
+        assert len(again) == 6 and all(same(a, b) for a, b in zip(reference, again))
+    assert all(same(a, b) for a, b in zip(reference[3:], take(dataset, start=3, stop=6)))            # continued
+    assert not any(same(a, b) for a, b in zip(reference, take(dataset, seed=2)))
+    assert not torch.equal(reference[0]["video"][0], reference[0]["video"][1])                       # views differ
+    everything = torch.cat([b["video"].flatten(1) for b in take(dataset, stop=12)])
+    assert len(everything.unique(dim=0)) > 40                                                        # of 48: epochs differ
+
+
+def test_unreadable_videos_are_replaced_and_named(dataset):
+    batches = take(dataset, stop=12)
+    videos = data.find_videos(dataset)
+    bad = [entry for b in batches for entry in b["bad"]]
+    assert {path for path, _ in bad} == {str(dataset / "right" / "4 ü.mp4")} and len(bad) >= 4
+    index, label = torch.cat([b["index"] for b in batches]), torch.cat([b["label"] for b in batches])
+    assert 4 not in index and torch.equal(label, videos.labels[index])
+    for b in batches:
+        assert b["video"].flatten(1).float().std(1).min() > 1                                        # no empty pictures
+
+
+def test_memory_of_bad_files_changes_nothing(dataset):
+    videos = data.find_videos(dataset)
+    one = data.Clips(videos, 4, 2, 32)
+    for epoch in range(6):
+        fresh = data.Clips(videos, 4, 2, 32)
+        for index in range(6):
+            a, b = one[epoch, index], fresh[epoch, index]
+            assert torch.equal(a["video"], b["video"]) and a["index"] == b["index"] and a["bad"] == b["bad"]
+    assert set(one.bad) == {4}
+
+
+def test_a_file_damaged_in_the_middle_is_not_given_up(dataset, monkeypatch):
+    """Only what cannot be opened is remembered: another clip of a damaged file may be good."""
+    videos = data.find_videos(dataset)
+    clips = data.Clips(videos, 4, 2, 32)
+
+    def damaged(self, views, size):
+        raise data.VideoError("frame 3 cannot be decoded")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Video, "read", damaged)
+        with pytest.raises(data.VideoError):
+            clips[0, 0]
+    assert set(clips.bad) <= {4} and clips[0, 0]["bad"] == []
+
+
+def test_evaluation_is_fixed_and_keeps_shapes(dataset):
+    videos = data.find_videos(dataset)
+    clips = data.Clips(videos, 4, 2, 32, seed=1, train=False)
+    other = data.Clips(videos, 4, 2, 32, seed=2, train=False)
+    for index in range(6):
+        a, b = clips[0, index], other[7, index]
+        assert torch.equal(a["video"], b["video"]) and a["video"].shape == (1, 3, 4, 32, 32)
+        if index == 4:
+            assert a["index"] == a["label"] == -1 and len(a["bad"]) == 1 and not a["video"].any()
+        else:
+            assert a["index"] == index and a["label"] == videos.labels[index]
+            path = videos.path(index)
+            assert torch.equal(a["video"][0].transpose(0, 1), data.read_clip(path, 4, 2, 12, size=32))   # (30 - 7 + 1) // 2
+    several = data.Clips(videos, 4, 2, 32, train=False, views=(3, 3))[0, 1]["video"]
+    assert several.shape == (9, 3, 4, 32, 32)
+    for view, (start, x) in enumerate((s, x) for s in (0, 12, 23) for x in (0, 16, 32)):
+        assert torch.equal(several[view].transpose(0, 1), data.read_clip(videos.path(1), 4, 2, start, (x, 0, H, H), 32)), view
+
+
+def test_over_half_unreadable_stops(tmp_path):
+    touch(tmp_path, *[f"{i}.mp4" for i in range(5)])
+    for workers in (0, 1):
+        clips = data.Clips(data.find_videos(tmp_path), 4, 2, 32)
+        with pytest.raises(data.VideoError, match="over half of the videos are unreadable") as error:
+            next(data.load(clips, data.EpochSampler(5, 1), workers=workers))
+        assert "\n" not in str(error.value) and "DataLoader" not in str(error.value)
+
+
+class Crashing(data.Clips):
+    """A decoder that ends its worker, or hangs, at one video."""
+    deed = "crash"
+
+    def read(self, video, generator):
+        if video == 2:
+            with data.announced(self.board, video):
+                if self.deed == "hang":
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+                    while True:
+                        time.sleep(1)
+                os.kill(os.getpid(), signal.SIGSEGV if self.deed == "crash" else signal.SIGKILL)
+        return super().read(video, generator)
+
+
+@pytest.mark.parametrize("deed", ["crash", "hang", "kill"])
+def test_a_video_that_takes_its_worker_along(dataset, deed, monkeypatch):
+    monkeypatch.setattr(data, "READ_SECONDS", 1)
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter         # looks after its workers every 5 seconds
+    monkeypatch.setattr(loader._try_get_data, "__defaults__", (0.3,))
+    videos = data.find_videos(dataset)
+    clips = Crashing(videos, 4, 2, 32, seed=1)
+    clips.deed = deed
+    sampler = data.EpochSampler(6, 3, seed=1, stop=4)
+    if deed == "kill":
+        with pytest.raises(RuntimeError, match="signal 9"):
+            list(data.load(clips, sampler, workers=2))
+        return
+    batches = list(data.load(clips, sampler, workers=2))
+    assert len(batches) == 4 and sampler.start == 4 and 2 in clips.bad and 2 not in torch.cat([b["index"] for b in batches])
+    reason = dict(entry for b in batches for entry in b["bad"])[videos.path(2)]
+    assert ("hung" if deed == "hang" else "crashed") in reason
+    known = data.Clips(videos, 4, 2, 32, seed=1)                       # as if it had been known from the start
+    known.bad = {2: reason}
+    assert all(torch.equal(a["video"], b["video"]) for a, b in zip(batches, data.load(known, data.EpochSampler(6, 3, seed=1, stop=4))))
+
+
+def test_sampler_covers_each_epoch_once_over_the_ranks():
+    length, steps = 23, 5
+    ranks = [data.EpochSampler(length, 2, rank, 2, seed=3, stop=10) for rank in range(2)]
+    assert ranks[0].steps_per_epoch == steps
+    batches = [list(rank) for rank in ranks]
+    for epoch in range(2):
+        seen = [key for rank in batches for batch in rank[epoch * steps:(epoch + 1) * steps] for key in batch]
+        assert {e for e, _ in seen} == {epoch} and len({i for _, i in seen}) == 20
+    one = list(data.EpochSampler(length, 4, seed=3, stop=10))
+    assert [a + b for a, b in zip(*batches)] == one
+    assert list(data.EpochSampler(length, 4, seed=3, start=7, stop=10)) == one[7:]
+    assert [i for _, i in one[0]] != [i for _, i in one[steps]]
+    assert list(data.EpochSampler(length, 8, repeats=2, seed=3, stop=2))[1] == one[1]
+
+
+def test_sampler_fills_batches_from_few_videos():
+    sampler = data.EpochSampler(3, 8, seed=0, stop=2)
+    assert sampler.steps_per_epoch == 1
+    for epoch, batch in enumerate(sampler):
+        assert len(batch) == len(set(batch)) == 8 and all(e == epoch for e, _ in batch)
+        assert sorted(i % 3 for _, i in batch) [:2] == [0, 0]
+    with pytest.raises(ValueError):
+        data.EpochSampler(3, 8, repeats=3)
+    with pytest.raises(ValueError):
+        data.EpochSampler(0, 8)
+
+
+def test_copies_of_a_video_in_a_batch_are_different_draws(dataset):
+    clips = data.Clips(data.find_videos(dataset), 4, 2, 32)
+    a, b = clips[0, 1], clips[0, 1 + 6]
+    assert a["index"] == b["index"] == 1 and not torch.equal(a["video"], b["video"])
+
+
+def test_frame_numbers():
+    assert data.frame_numbers(100, 4, 10, 0.5) == [35, 45, 55, 65] and data.frame_numbers(100, 4, 10, 0)[0] == 0
+    assert data.frame_numbers(100, 4, 10, 1)[-1] == 99
+    drawn = [data.frame_numbers(100, 4, 10, p)[0] for p in torch.rand(4000, generator=torch.Generator().manual_seed(0)).tolist()]
+    assert set(drawn) == set(range(70)) and abs(np.mean(drawn) - 34.5) < 1.5
+    assert data.frame_numbers(10, 4, 10, 0.9)[0] == 0                                # too short: from the first frame
+    assert data.frame_numbers(160, 16, 0) == list(range(5, 160, 10))                 # middles of sixteen parts
+    jitter = data.frame_numbers(160, 16, 0, torch.rand(16, generator=torch.Generator().manual_seed(0)))
+    assert [n // 10 for n in jitter] == list(range(16)) and len({n % 10 for n in jitter}) > 4
+    assert data.frame_numbers(4, 8, 0) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_multi_scale_crops_are_the_recipes():
+    crops = {data.multi_scale_crop(340, 256, shape, place) for shape in range(10) for place in range(13)}
+    assert len(data.CROP_SHAPES) == 10 and len(data.CROP_PLACES) == 13
+    assert {(w, h) for *_, w, h in crops} == {(a, b) for i, a in enumerate((256, 224, 192, 168)) for j, b in enumerate((256, 224, 192, 168)) if abs(i - j) < 2}
+    assert all(x >= 0 and y >= 0 and x + w <= 340 and y + h <= 256 for x, y, w, h in crops)
+    places = {(x, y) for x, y, w, h in crops if w == h == 224}                       # steps of 29 and 8
+    assert places == {(29 * a, 8 * b) for a, b in [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]}
+    for width, height in ((16, 1), (1, 16), (3, 3), (4000, 31)):
+        for shape in range(10):
+            x, y, w, h = data.multi_scale_crop(width, height, shape, 12)
+            assert w >= 1 and h >= 1 and x + w <= width and y + h <= height
+
+
+# ============ prepare ============
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("prepare", ...) -> exit code, standard output, standard error of data.py, run in this process."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        code = 0
+        try:
+            data.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        return code, *capfd.readouterr()
+    return run
+
+
+def test_prepare_keeps_layout_labels_pictures_and_continues(dataset, tmp_path, command):
+    target = tmp_path / "new"
+    (dataset / "empty").mkdir()                  # a class all the same
+    code, _, errors = command("prepare", dataset, target, "--gop", 8, "--workers", 2)
+    assert code == 1 and "1 unreadable" in errors and "Traceback" not in errors
+    assert "4 ü.mp4" in (target / "unreadable.txt").read_text()
+    names, labels, classes = found(target)
+    assert names == ["left/0 ü.mp4", "left/1 ü.mp4", "left/2 ü.mp4", "right/3 ü.mp4", "right/5 ü.mp4"]
+    (dataset / "empty").rmdir()
+    assert labels == [1, 1, 1, 2, 2] and classes == ["empty", "left", "right"]
+    path = target / names[3]
+    assert numbers_of(whole(path, 10, 3, 0)) == list(range(0, 30, 3))
+    with data.Video(path) as video:
+        assert np.diff(video.keys).max() == 8 and video.frames == 30
+    before = {name: os.stat(target / name).st_mtime_ns for name in names}
+    os.remove(target / names[0])
+    command("prepare", dataset, target)
+    after = {name: os.stat(target / name).st_mtime_ns for name in names}
+    assert [name for name in names if after[name] != before[name]] == names[:1]
+    for wrong in ((dataset, dataset / "inside"), (tmp_path / "absent", tmp_path / "y"), (dataset, tmp_path / "z", "--gop", 0)):
+        code, _, errors = command("prepare", *wrong)
+        assert code == 2 and "data.py: error: " in errors and "Traceback" not in errors
+
+
+def test_prepare_list(dataset, tmp_path, command):
+    source = tmp_path / "lists" / "train.csv"
+    source.parent.mkdir()
+    source.write_text("".join(f"{dataset}/{name},{label}\n" for name, label in
+                              (("left/0 ü.mp4", 7), ("right/4 ü.mp4", 3), ("right/5 ü.mp4", 2))))
+    assert command("prepare", source, tmp_path / "new")[0] == 1
+    assert found(tmp_path / "new" / "train.csv") == (["left/0 ü.mp4", "right/5 ü.mp4"], [7, 2], None)
+    assert numbers_of(whole(tmp_path / "new" / "right" / "5 ü.mp4", 2, 20, 3)) == [3, 23]
+
+
+@pytest.mark.parametrize("name", ["vfr.mkv", "h264.avi", "mjpeg.avi", "tenbit.mp4", "odd.mkv", "alpha.mov", "90", "transposed"])
+def test_reencoded_pictures(video, folder, tmp_path, name):
+    if name in MATRICES:
+        source = str(rotate(write(folder / f"re{name}.mp4", pictures=[ramp(160, 112)] * 4, pix_fmt="yuv444p", options={"qp": "2"}), name))
+    else:
+        source = video(name)
+    target = str(tmp_path / "new.mp4")
+    assert data.reencode(source, target, short_side=64) is None
+    with data.Video(source) as old, data.Video(target) as new:
+        assert old.frames == new.frames and min(new.stream.width, new.stream.height) == 64
+        if name == "vfr.mkv":
+            times = [[float(v.pts[i] * v.stream.time_base) for i in v.shown] for v in (old, new)]
+            assert np.allclose(*times, atol=1e-3)
+        if name == "tenbit.mp4":                 # about the same bits for a pixel
+            assert 0.3 < new.bytes / old.bytes * 96 * 128 / 64 / 85 < 3
+    a, b = [data.read_clip(path, 3, 1, 1, size=64).float() for path in (source, target)]
+    assert (a - b).abs().mean() < 8
+    assert not os.path.exists(target + ".part")
+
+
+def test_reencode_keeps_what_lies_before_damage(tmp_path, video):
+    path = write(tmp_path / "cut.mp4", **FORMATS["bframes.mp4"], copts={"movflags": "faststart"})
+    content = bytearray(open(path, "rb").read())
+    content[-1500:-1000] = b"\xff" * 500
+    open(path, "wb").write(content)
+    reason = data.reencode(str(path), str(tmp_path / "new.mp4"))
+    assert "frames kept" in reason
+    assert numbers_of(whole(tmp_path / "new.mp4", 4, 1, 0)) == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="new.mp4: No such"):
+        data.reencode(str(path), str(tmp_path / "no folder" / "new.mp4"))
+
+
+def test_bench_prints_what_a_clip_costs(dataset, command):
+    code, text, _ = command("bench", dataset, "--seconds", "0.3")
+    assert code == 0 and "clips per CPU-second" in text and "cores" in text and "1 unreadable" in text
+
+
+def test_normalize():
+    video = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
+    truth = (video.double() / 255 - mean) / std
+    got = data.normalize(video)
+    assert got.shape == (2, 3, 4, 8, 8) and got.is_contiguous() and (got - truth).abs().max() < 1e-5
+    assert data.normalize(video, torch.bfloat16).dtype == torch.bfloat16
+
+
+# ============ several processes ============
+
+def in_two_processes(tmp_path, worker, *args):
+    """Runs worker(rank, *args) in two gloo processes and returns what each of them returns."""
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path), worker, args), nprocs=2)
+    return [torch.load(tmp_path / f"result{rank}") for rank in range(2)]
+
+
+def run_rank(rank, two_classes, worker, args):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{two_classes}/store", rank=rank, world_size=2)
+    torch.save(worker(rank, *args), f"{two_classes}/result{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def sinkhorn_on_rank(rank, scores, rows):
+    return sinkhorn(scores[:rows] if rank == 0 else scores[rows:])
+
+
+def test_sinkhorn_is_global_over_ranks_of_different_size(tmp_path):
+    scores = unit_scores(90, 12)
+    for rows in (30, 90):                                                                   # 90: the other rank has none
+        (tmp_path / str(rows)).mkdir()
+        q = torch.cat(in_two_processes(tmp_path / str(rows), sinkhorn_on_rank, scores, rows))
+        torch.testing.assert_close(q.double(), reference_sinkhorn(scores), atol=2e-5, rtol=1e-3)
+    halves = torch.cat([sinkhorn(scores[:30]), sinkhorn(scores[30:])])
+    assert (halves - q).abs().max() > 0.01                                                  # balancing by halves is another plan
+
+
+def gradients_on_rank(rank, assignment):
+    torch.manual_seed(rank)                                                                 # DDP must hand out rank 0's weights
+    model = SIGMA("tiny", num_prototypes=12, frames=4, image_size=32, assignment=assignment)
+    if rank == 0:
+        model.load_state_dict(tiny().state_dict())
+    video, mask = clip(batch=4)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    loss, stats = model(video[2 * rank:2 * rank + 2], mask[2 * rank:2 * rank + 2])
+    loss.backward()
+    return loss.detach(), stats, {name: p.grad for name, p in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("assignment", ["hard", "soft"])
+def test_two_processes_with_half_the_clips_equal_one_with_all(tmp_path, assignment):
+    results = in_two_processes(tmp_path, gradients_on_rank, assignment)
+    model = tiny(assignment=assignment)
+    loss, stats = model(*clip(batch=4))
+    loss.backward()
+    assert (results[0][0] + results[1][0]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
+    for name in ("perplexity", "spread"):                                                   # over all ranks already
+        assert results[0][1][name].item() == pytest.approx(stats[name].item(), rel=1e-4) == results[1][1][name].item()
+    for name, parameter in model.named_parameters():
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][2][name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+# ============ train.py: runs ============
+
+RUN = ["--size", "tiny", "--frames", "4", "--image-size", "32", "--batch-size", "4", "--prototypes", "8", "--mask-ratio", "0.75", "--stride", "1", "--epochs", "6",
+       "--warmup-epochs", "1", "--lr", "0.05", "--precision", "fp32", "--log-every", "1"]
+
+
+def write_clip(path, seed, frames=8, size=40):
+    """A video of smooth noise, another for every seed."""
+    noise = torch.randn(1, 3, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    pictures = (F.interpolate(noise, size=(frames, size, size), mode="trilinear")[0].permute(1, 2, 3, 0) * 60 + 128).clamp(0, 255).byte().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = size
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory):
+    """Eight videos in two class folders."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(8):
+        write_clip(root / "ab"[i % 2] / f"{i}.mp4", i)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """train.main takes over the signals; a test gives them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def train_here(two_classes, out, *flags, workers=0):
+    """train.main in this process -> its log."""
+    train.main(["--data", str(two_classes), "--out", str(out), "--workers", str(workers), *RUN, *flags])
+    return read_log(out)
+
+
+def train_apart(two_classes, out, *flags, nproc=0, **kwargs):
+    """train.py in processes of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc else [sys.executable]
+    return subprocess.Popen([*launcher, str(HERE / "train.py"), "--data", str(two_classes), "--out", str(out), "--workers", "1", *RUN, *flags], cwd=out.parent,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log):
+    """step -> loss; fails on a step that stands twice."""
+    steps = [record["step"] for record in log if "loss" in record]
+    assert len(steps) == len(set(steps)), "a step is logged twice"
+    return {record["step"]: record["loss"] for record in log if "loss" in record}
+
+
+def weights(out):
+    return sigma.load_checkpoint(out / "checkpoint.pt")["model"]
+
+
+def same_run(out, other):
+    assert losses(read_log(out)) == losses(read_log(other))                                 # bit for bit
+    a, b = weights(out), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(two_classes, tmp_path_factory):
+    """The run every interrupted one is compared with: 6 epochs of 2 steps. In a process of its own, with one thread as theirs."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = train_apart(two_classes, out)
+    assert process.wait() == 0, process.stdout.read()
+    return out
+
+
+def test_a_run_leaves_what_the_interface_says(uninterrupted):
+    log = read_log(uninterrupted)
+    assert list(losses(log)) == list(range(1, 13)) and [r["epoch"] for r in log] == [i // 2 for i in range(12)]
+    assert {"step", "epoch", "loss", "lr", "clips_per_second", "data_wait", "loss_video", "loss_projection", "agreement", "perplexity", "spread"} <= set(log[0])
+    for record in log:
+        assert record["loss"] == pytest.approx(record["loss_video"] + record["loss_projection"], rel=1e-5)
+    with train.Image.open(uninterrupted / "preview.png") as picture:
+        assert picture.width > 200 and len(picture.getcolors(10 ** 6)) > 50
+    content = sigma.load_checkpoint(uninterrupted / "checkpoint.pt")
+    assert content["step"] == 12 and content["epoch"] == 6
+    model = SIGMA("tiny", num_prototypes=8, frames=4, image_size=32)
+    model.load_state_dict(content["model"], strict=True)
+
+
+def test_learning_rate_is_the_recipes(uninterrupted):
+    peak, floor = 0.05 * 4 / 256, 1e-5 * 4 / 256
+    for record in read_log(uninterrupted):
+        step = record["step"] - 1
+        expected = peak * step / 2 if step < 2 else floor + (peak - floor) * (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+        assert record["lr"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_resuming_inside_an_epoch_equals_running_through(uninterrupted, two_classes, tmp_path):
+    for steps in (3, 7, 12):
+        process = train_apart(two_classes, tmp_path / "run", "--steps", str(steps))
+        assert process.wait() == 0, process.stdout.read()
+    same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, two_classes, tmp_path, number):
+    process = train_apart(two_classes, tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists() and len(read_lines(tmp_path / "run")) >= 3, process)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + number, output
+    stopped = sigma.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert 3 <= stopped < 12 and f"stopped after step {stopped} by signal {number}" in output and "Traceback" not in output
+    assert train_apart(two_classes, tmp_path / "run").wait() == 0
+    same_run(tmp_path / "run", uninterrupted)
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(uninterrupted, two_classes, tmp_path):
+    out = tmp_path / "run"
+    for lines in (1, 4, 8):                                                                 # SIGKILL: nothing can be tidied up
+        process = train_apart(two_classes, out, "--save-minutes", "0.00001")                           # writing nearly all the time
+        wait_for(lambda: out.exists() and len(read_lines(out)) >= lines, process)
+        process.kill()
+        process.communicate()
+        if (out / "checkpoint.pt").exists():
+            sigma.load_checkpoint(out / "checkpoint.pt")                                    # never torn
+    (out / "log.jsonl").open("a").write('{"step": 11, "loss": 1.2')                         # as a kill inside a write leaves it
+    process = train_apart(two_classes, out)
+    assert process.wait() == 0, process.stdout.read()
+    same_run(out, uninterrupted)
+    assert not (out / "checkpoint.pt.part").exists()
+
+
+def test_two_processes_stop_and_resume_together(two_classes, tmp_path):
+    """And two processes with half the batch each are the run of one process, up to rounding."""
+    for name, interrupt in (("whole", False), ("run", True)):
+        process = train_apart(two_classes, tmp_path / name, "--batch-size", "2", nproc=2)
+        if interrupt:
+            wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists() and len(read_lines(tmp_path / "run")) >= 3, process)
+            process.send_signal(signal.SIGTERM)
+            output = process.communicate()[0]
+            assert process.returncode != 0 and "stopped after step" in output, output
+            process = train_apart(two_classes, tmp_path / name, "--batch-size", "2", nproc=2)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_two_processes_train_as_one(uninterrupted, two_classes, tmp_path):
+    process = train_apart(two_classes, tmp_path / "run", "--batch-size", "2", "--steps", "4", nproc=2)
+    assert process.wait() == 0, process.stdout.read()
+    two, one = losses(read_log(tmp_path / "run")), losses(read_log(uninterrupted))
+    assert [two[s] for s in range(1, 5)] == pytest.approx([one[s] for s in range(1, 5)], rel=1e-3)
+
+
+def test_restarted_by_torchrun_after_a_crash(uninterrupted, two_classes, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max-restarts", "3"]
+    process = subprocess.Popen([*launcher, str(HERE / "train.py"), "--data", str(two_classes), "--out", "run", "--workers", "1", *RUN], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").exists(), process)
+    worker = next(int(p) for p in os.listdir("/proc") if p.isdigit() and is_child(int(p), process.pid) and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(timeout=90) == 0, process.stdout.read()
+    same_run(tmp_path / "run", uninterrupted)
+
+
+def is_child(pid, parent):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) == parent
+    except OSError:
+        return False
+
+
+def read_lines(out):
+    return (out / "log.jsonl").read_bytes().split(b"\n")[:-1] if (out / "log.jsonl").exists() else []
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_accumulation_takes_the_micro_batches_of_the_order(two_classes, tmp_path):
+    log = train_here(two_classes, tmp_path / "run", "--batch-size", "2", "--accumulate", "2", "--steps", "4")
+    assert list(losses(log)) == [1, 2, 3, 4] and [r["epoch"] for r in log] == [0, 0, 1, 1]
+
+
+def test_disk_full_keeps_the_last_good_checkpoint(two_classes, tmp_path):
+    """A file-size limit stands for the full disk: the checkpoint is larger, log lines are not."""
+    out = tmp_path / "run"
+    assert train_apart(two_classes, out, "--steps", "2").wait() == 0
+    before = (out / "checkpoint.pt").read_bytes()
+    process = train_apart(two_classes, out, "--steps", "6", "--save-minutes", "0.00001", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    output = process.communicate()[0]
+    assert process.returncode == 1 and "could not be written" in output and "make room" in output and "Traceback" not in output, output
+    assert (out / "checkpoint.pt").read_bytes() == before and not (out / "checkpoint.pt.part").exists()
+    assert list(losses(read_log(out))) == [1, 2, 3, 4, 5, 6]                                # training went on
+    assert train_apart(two_classes, out, "--steps", "6").wait() == 0                                   # room again: the same command
+    assert sigma.load_checkpoint(out / "checkpoint.pt")["step"] == 6 and list(losses(read_log(out))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_log_lines_wait_for_room(tmp_path):
+    env = argparse.Namespace(rank=0)
+    (tmp_path / "log").mkdir()
+    log = train.Log(env, tmp_path / "log" / "log.jsonl", 0)
+    log.write(step=1, loss=1.0)
+    (tmp_path / "log").rename(tmp_path / "gone")                                            # the two_classes vanishes,
+    log.write(step=2, loss=2.0)
+    log.write(step=3, loss=float("nan"))
+    (tmp_path / "gone").rename(tmp_path / "log")                                            # and is back
+    log.write(step=4, loss=4.0)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "log" / "log.jsonl").read_text().splitlines()[2])["loss"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_counted(two_classes, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_here(two_classes, tmp_path / "run", "--lr", "1e30", "--min-lr", "1e30", "--warmup-epochs", "0")
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 1 and "not finite" in message[0] and "checkpoint.pt" in message[0]
+    log = read_log(tmp_path / "run")
+    assert log[-1]["skipped"] == train.GIVE_UP and log[-1]["loss"] is None
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_single_bad_step_is_left_out(two_classes, tmp_path, monkeypatch):
+    forward, calls = SIGMA.forward, []
+
+    def sometimes(self, video, mask):
+        calls.append(1)
+        loss, stats = forward(self, video, mask)
+        return loss * (float("nan") if len(calls) == 3 else 1), stats
+    monkeypatch.setattr(SIGMA, "forward", sometimes)
+    log = train_here(two_classes, tmp_path / "run", "--steps", "5")
+    assert [r["loss"] is None for r in log if "loss" in r] == [False, False, True, False, False] and log[-1]["skipped"] == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_broken_videos_are_named_counted_and_replaced(two_classes, tmp_path, capsys):
+    root = tmp_path / "videos with spaces and ü"
+    for path in two_classes.rglob("*.mp4"):
+        (root / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (root / "a" / "broken one.mp4").write_bytes(b"garbage")
+    log = train_here(root, tmp_path / "run", "--epochs", "3")
+    named = [r for r in log if "unreadable" in r]
+    assert len(named) == 1 and named[0]["unreadable"].endswith("broken one.mp4") and log[-1]["unreadable_videos"] == 1
+    assert capsys.readouterr().out.count("broken one.mp4") == 1
+    for i in range(12):
+        (root / "a" / f"bad{i}.mp4").write_bytes(b"garbage")
+    with pytest.raises(SystemExit) as stopped:
+        train_here(root, tmp_path / "bad", "--epochs", "30")
+    assert stopped.value.code == 1 and "over half" in capsys.readouterr().err
+
+
+def test_a_killed_loader_worker_ends_in_an_error_and_a_checkpoint(two_classes, tmp_path):
+    out = tmp_path / "run"
+    process = train_apart(two_classes, out, "--epochs", "100000")
+    wait_for(lambda: len(read_lines(out)) >= 5, process)
+    worker = next(int(p) for p in os.listdir("/proc") if p.isdigit() and is_child(int(p), process.pid) and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "worker" in output and "Traceback" not in output, output
+    assert sigma.load_checkpoint(out / "checkpoint.pt")["step"] >= 5
+
+
+def test_another_runs_folder_is_refused(uninterrupted, two_classes, capsys):
+    for flags, word in ((["--seed", "1"], "seed was 0, is 1"), (["--prototypes", "9"], "prototypes was 8, is 9"), (["--batch-size", "2"], "global_batch was 4, is 2")):
+        with pytest.raises(SystemExit) as stopped:
+            train_here(two_classes, uninterrupted, *flags)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_foreign_and_torn_checkpoints_are_refused_in_one_line(two_classes, tmp_path, capsys):
+    for content in (b"torn", pickle.dumps(Malice())):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            train_here(two_classes, tmp_path / "run")
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len(error) == 1 and "checkpoint.pt" in error[0] and (tmp_path / "run" / "checkpoint.pt").read_bytes() == content
+    torch.save({"model": tiny().state_dict()}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(SystemExit):
+        train_here(two_classes, tmp_path / "run")
+    assert "does not fit this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--frames", "0"], "--frames"), (["--frames", "15"], "multiple of 2"), (["--image-size", "100"], "--image-size"), (["--mask-ratio", "1"], "--mask-ratio"), (["--mask-ratio", "0"], "--mask-ratio"),
+    (["--mask-ratio", "nan"], "--mask-ratio"), (["--prototypes", "0"], "--prototypes"), (["--size", "giant"], "invalid choice"), (["--eps", "0"], "--eps"), (["--eps", "nan"], "--eps"),
+    (["--batch-size", "0"], "--batch-size"), (["--workers", "-1"], "--workers"), (["--steps", "0"], "--steps"), (["--epochs", "-3"], "--epochs"), (["--lr", "-1"], "--lr"), (["--accumulate", "0"], "--accumulate"),
+    (["--repeats", "3"], "--repeats"), (["--target", "pixel", "--loss", "sigma"], "goes with --loss l2"), (["--stride", "0"], "--stride"), (["--save-minutes", "0"], "--save-minutes"), (["--frames", "x"], "invalid int"),
+    (["--data", "no/such/folder"], "no such folder")])
+def test_nonsense_gives_one_line_and_exit_code_2(tmp_path, capsys, flags, word):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", str(tmp_path / "x"), "--out", str(tmp_path / "run"), *flags])
+    error = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith(("usage:", " "))]
+    assert stopped.value.code == 2 and len(error) == 1 and word in error[0], error
+
+
+def test_dino_weights_from_a_file_or_one_line_what_to_do(two_classes, tmp_path, capsys, monkeypatch):
+    flags = ["--target", "dino", "--teacher", "vits16", "--steps", "1"]
+    torch.save(fill(SIGMA("tiny", "dino", teacher="vits16", frames=4, image_size=32).teacher.state_dict()), tmp_path / "dino.pth")
+    assert losses(train_here(two_classes, tmp_path / "run", *flags, "--dino-weights", str(tmp_path / "dino.pth")))
+    torch.save({"cls_token": torch.zeros(1)}, tmp_path / "other.pth")
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    capsys.readouterr()
+    for more, words in ((["--dino-weights", str(tmp_path / "other.pth")], "not the weights of this DINO"), (["--dino-weights", "none.pth"], "none.pth"), ([], "--dino-weights")):
+        with pytest.raises(SystemExit) as stopped:
+            train_here(two_classes, tmp_path / "none", *flags, *more)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and len(error) == 1 and words in error[0]
+
+
+def test_fp16_shows_its_loss_scale(two_classes, tmp_path):
+    log = train_here(two_classes, tmp_path / "run", "--precision", "fp16", "--steps", "2")
+    assert log[-1]["loss_scale"] > 0 and math.isfinite(log[-1]["loss"])
+
+
+def test_a_rank_that_dies_brings_the_others_down(two_classes, tmp_path):
+    process = train_apart(two_classes, tmp_path / "run", "--batch-size", "2", "--epochs", "100000", nproc=2)
+    wait_for(lambda: len(read_lines(tmp_path / "run")) >= 2, process)
+    ranks = [int(p) for p in os.listdir("/proc") if p.isdigit() and is_child(int(p), process.pid) and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_more_prototypes_than_tubes_warns(two_classes, tmp_path, capsys):
+    train_here(two_classes, tmp_path / "run", "--prototypes", "1000", "--steps", "1")
+    assert "1000 prototypes but only 96 masked tubes" in capsys.readouterr().out
+
+
+def test_l2_and_pixel_runs_show_pictures_without_prototypes(two_classes, tmp_path):
+    for target in ("pixel", "mlp"):
+        log = train_here(two_classes, tmp_path / target, "--target", target, "--loss", "l2", "--steps", "2")
+        assert ("spread" in log[-1]) == (target == "mlp") and (tmp_path / target / "preview.png").exists()
+
+
+def test_knn_is_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(30, 5, generator=generator)
+    bank_labels, labels = torch.randint(4, (60,), generator=generator), torch.randint(4, (30,), generator=generator)
+    right = 0
+    for query, label in zip(queries, labels):
+        similarity = [float(F.cosine_similarity(query, row, dim=0)) for row in bank]
+        nearest = sorted(range(60), key=lambda i: -similarity[i])[:20]
+        votes = [sum(math.exp(similarity[i] / 0.07) for i in nearest if bank_labels[i] == c) for c in range(4)]
+        right += votes.index(max(votes)) == label
+    assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 30)
+    points = torch.eye(3).repeat_interleave(30, dim=0) + 0.01 * torch.randn(90, 3, generator=generator)
+    assert train.knn(points, torch.arange(3).repeat_interleave(30)) == 100                   # each by the others
+
+
+def test_flops_are_counted_as_by_hand():
+    args = train.parse_args(["--data", "x", "--size", "tiny", "--frames", "4", "--image-size", "32", "--prototypes", "10", "--mask-ratio", "0.75"])
+    n, N, M, D, d = 8, 32, 24, 128, 64
+    layer = lambda tokens, width: 2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width
+    psi = 2 * n * 384 * D + 4 * layer(n, D) + 2 * n * D * d + 2 * layer(N, d) + 2 * M * d * 64
+    phi = 2 * M * (384 * 256 + 256 * 64)
+    backward = 2 * psi - 2 * n * 384 * D + 2 * phi - 2 * M * 384 * 256                      # pixels need no gradient
+    scores = 2 * M * 64 * 10 * (3 + 2)                                                      # the video branch's stop at the prototypes
+    assert train.clip_flops(args) == pytest.approx(psi + phi + backward + scores, rel=0.02)
+
+
+def test_the_demo_from_the_command_line(tmp_path):
+    """A bare `train.py` with a few steps: writes the videos, evaluates before and after, leaves everything in runs/demo."""
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), "--steps", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "runs" / "demo")
+    assert [(r["eval"], r["step"]) for r in log if "eval" in r] == [("knn", 0), ("knn", 2)] and all(0 <= r["top1"] <= 100 for r in log if "eval" in r)
+    assert {"checkpoint.pt", "preview.png"} <= {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
+
+
+# ============ fuzzing, also by hand: python test_sigma.py SECONDS SEED ============
+
+def damage(content, r):
+    """A file's bytes as disks, networks and bugs leave them: bits flipped, stretches zeroed, cut or doubled, sizes made absurd."""
+    b = bytearray(content)
+    for _ in range(r.choice([1, 1, 3, 20])):
+        at, length = r.choice([r.randrange(len(b)), r.randrange(min(len(b), 4000))]), r.randrange(1, 1500)
+        kind = r.choice(["flip", "zero", "cut", "double", "noise", "end", "size"])
+        if kind == "flip":
+            b[at] ^= 1 << r.randrange(8)
+        elif kind == "end":
+            del b[at:]
+        else:
+            stop = at + {"double": 0, "size": 4}.get(kind, length)
+            b[at:stop] = {"zero": bytes(length), "cut": b"", "double": b[at:at + length], "noise": r.randbytes(length),
+                          "size": r.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", bytes(4)])}[kind]
+        b = b or bytearray(b"x")
+    return bytes(b)
+
+
+def fuzz(folder, seconds, seed=0):
+    """Reads damaged videos and lists until the time is over -> (tried, readable). Fails on a crash, a hang, or an error that is not one clear line."""
+    sources = []
+    for name, how in FORMATS.items():
+        write(folder / name, **how)
+        sources.append((Path(name).suffix, (folder / name).read_bytes()))
+    deadline, tried, readable = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < deadline:
+        r = random.Random(seed * 1_000_003 + tried)
+        suffix, content = r.choice(sources)
+        mutant, tried = folder / f"mutant{suffix}", tried + 1
+        mutant.write_bytes(damage(content, r))
+        (folder / "list.txt").write_bytes(damage(b'a b.mp4 3\n"c, d.avi", 4\r\n# no video\n\ne.mkv\t5\n', r))
+        child = os.fork()                                                                   # a crash must not end the fuzzing
+        if child == 0:
+            signal.alarm(40)
+            torch.set_num_threads(1)                                                        # threads do not survive a fork
+            code = 9
+            try:
+                try:
+                    data.read_clip(mutant, r.choice([4, 16]), r.choice([1, 4]), r.choice([None, 0, 30]), size=32)
+                    code = 0
+                except data.VideoError as error:
+                    code = 9 if "\n" in str(error) else 2
+                try:
+                    data.find_videos(folder / "list.txt")
+                except ValueError as error:
+                    code = 9 if "\n" in str(error) else code
+            except BaseException:
+                code = 9
+            os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, 2), f"seed {seed}, file {tried} ({suffix}): status {status}; it lies in {folder}"
+        readable += os.WEXITSTATUS(status) == 0
+    return tried, readable
+
+
+def test_damaged_files_never_crash_hang_or_raise_anything_else(tmp_path):
+    tried, readable = fuzz(tmp_path, seconds=4)
+    assert tried > 10 and 0 < readable < tried
+
+
+if __name__ == "__main__":
+    print("%d damaged files, %d of them readable; no crash, no hang, no traceback" % fuzz(Path(tempfile.mkdtemp()), *map(int, sys.argv[1:])))
