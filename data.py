@@ -832,6 +832,7 @@ def write_lines(path, lines):
 DEMO_TEXTURES = ("upright", "level", "checks", "dots")
 DEMO_MOTIONS = ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES, DEMO_TRAIN, DEMO_VAL = 80, 24, 40, 12     # pixels a side, frames a video, videos a class
+DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-params": "mbtree=0"}   # mbtree differs from run to run
 
 
 def demo_clip(rng, texture, motion):
@@ -917,7 +918,7 @@ def write_demo(directory, seed=0):
         key = [seed, split == "val", DEMO_TEXTURES.index(texture), DEMO_MOTIONS.index(motion), number]
         frames, masks = demo_clip(np.random.default_rng(key), texture, motion)
         name = os.path.join(f"{texture}-{motion}", f"{number:02}")
-        write_video(os.path.join(unfinished, split, f"{name}.mp4"), frames, "rgb24", "libx264", "yuv420p", {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24"})
+        write_video(os.path.join(unfinished, split, f"{name}.mp4"), frames, "rgb24", "libx264", "yuv420p", DEMO_X264)
         if split == "val":
             write_video(os.path.join(unfinished, "val-masks", f"{name}.mkv"), masks, "gray", "ffv1", "gray", {})
 

@@ -1639,6 +1639,29 @@ def test_flops_are_counted_as_by_hand():
     assert train.clip_flops(args) == pytest.approx(psi + phi + backward + scores, rel=0.02)
 
 
+def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEMO_TRAIN", 1), monkeypatch.setattr(data, "DEMO_VAL", 1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data.write_demo(tmp_path / name, seed)
+    a, b, c = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.m*")} for name in "abc")
+    assert len(a) == 48 and a == b and a.keys() == c.keys() and not any(a[path] == c[path] for path in a)
+    assert len(data.find_videos(tmp_path / "a" / "train").classes) == 16
+    with pytest.raises(ValueError, match="not the demo of seed 1"):
+        data.write_demo(tmp_path / "a", 1)
+
+
+def test_the_demos_masks_are_the_objects():
+    """Where the mask says object, the picture shows the object's texture: shifted by the motion, it stays the same there."""
+    for motion, (dy, dx) in (("still", (0, 0)), ("shake", (5, 5))):
+        frames, masks = data.demo_clip(np.random.default_rng(3), "dots", motion)
+        assert frames.shape == (24, 80, 80, 3) and masks.shape == (24, 80, 80) and set(np.unique(masks)) <= {0, 1, 2}
+        first, later = frames[1].astype(float).mean(-1), frames[2].astype(float).mean(-1)        # the shake jumps between these
+        moved = np.roll(np.roll(first, -dy, 0), -dx, 1)
+        inside = (masks[2] == 1) & (np.roll(np.roll(masks[1], -dy, 0), -dx, 1) == 1)
+        inside[:8], inside[-8:], inside[:, :8], inside[:, -8:] = False, False, False, False
+        assert inside.sum() > 500 and np.corrcoef(moved[inside], later[inside])[0, 1] > 0.9
+
+
 def test_the_demo_from_the_command_line(tmp_path):
     """A bare `train.py` with a few steps: writes the videos, evaluates before and after, leaves everything in runs/demo."""
     done = subprocess.run([sys.executable, str(HERE / "train.py"), "--steps", "2"], cwd=tmp_path, capture_output=True, text=True)

@@ -61,7 +61,7 @@ def parse_args(argv=None):
     show = lambda name: f"[{DISK[name]}, demo {DEMO[name]}]"
     add, parser.error = parser.add_argument, stop_with           # one line, without the usage
     add("--data", nargs="?", default="demo", const="demo", help="demo; a folder of videos (class folders become labels); or a list file: path and optional label a line [demo]")
-    add("--val", help="labelled videos for k-NN before the first step and after the last; same forms as --data [none, the demo has its own]")
+    add("--val", help="labelled videos for k-NN before the first step and after the last, and for what --probe and --finetune test; same forms as --data [none, the demo has its own]")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--probe", metavar="CHECKPOINT", help="instead of pretraining: k-NN and a linear probe of its frozen features, from --data (labelled) to --val")
     mode.add_argument("--finetune", metavar="CHECKPOINT", help="instead: train all of it with the labels of --data, from this (ours, the authors', VideoMAE's) or `none`; test on --val")
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     add("--image-size", type=int, help=f"pixels a side {show('image_size')}")
     add("--repeats", type=int, default=1, help="crops from one decoding, where decoding limits [1]")
     add("--epochs", type=int, help=f"length of the schedule {show('epochs')}")
-    add("--warmup-epochs", type=float, help=f"of them with a rising learning rate {show('warmup_epochs')}")
+    add("--warmup-epochs", type=float, help=f"of them with a rising learning rate {show('warmup_epochs')}, at most an eighth of --epochs")
     add("--steps", type=int, help="stop after so many optimiser steps; the schedule stays that of --epochs [none]")
     add("--batch-size", type=int, help=f"clips a step, per process {show('batch_size')}")
     add("--accumulate", type=int, default=1, help="micro-batches a step; Sinkhorn balances each micro-batch by itself, so this is not the same as a larger batch [1]")
@@ -112,6 +112,7 @@ def parse_args(argv=None):
     if args.mode == "finetune":
         defaults.update(FINETUNE_DEMO if args.demo else FINETUNE, **({"epochs": 40} if args.stride == 0 and not args.demo else {}))
         args.flip = args.flip if args.flip is not None else args.stride != 0 and not args.demo
+    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)   # for short schedules
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -721,7 +722,7 @@ def read_weights(path):
     """
     content = load_checkpoint(path)
     state = next((content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)), content)
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
     for prefix in ("module.", "_orig_mod.", "backbone."):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     if not any(name.startswith("encoder.") for name in state):
@@ -735,13 +736,12 @@ def read_weights(path):
     facts["size"] = next((size for size, shape in SIZES.items() if (shape[0], shape[1][0]) == (patch, width)), None)
     if facts["size"] is None:
         raise ValueError(f"{path}: an encoder {width} wide with patches of {patch} pixels is none of the sizes {', '.join(SIZES)}")
-    out = len(state["decoder.head.weight"]) if "decoder.head.weight" in state else None
-    facts["loss"] = "sigma" if "prototypes" in state else "l2"
-    facts["prototypes"] = len(state["prototypes"]) if "prototypes" in state else 1
+    prototypes, out = (state[name].shape[0] if name in state and state[name].ndim == 2 else 0 for name in ("prototypes", "decoder.head.weight"))
+    facts["loss"], facts["prototypes"] = ("sigma", prototypes) if prototypes else ("l2", 1)
     facts["teacher"] = next((name for name, (width, *_) in TEACHERS.items() if width == out), "vitb16")
-    guess = "mlp" if "head.0.weight" in state else "pixel" if facts["loss"] == "l2" and out in (None, TUBELET * patch ** 2 * 3) else "dino"
+    guess = "mlp" if "head.0.weight" in state else "pixel" if facts["loss"] == "l2" and out in (0, TUBELET * patch ** 2 * 3) else "dino"
     facts["target"] = said["target"] if said.get("target") in ("mlp", "dino", "pixel") else guess
-    return state, {**facts, "step": content.get("step", 0)}
+    return state, {**facts, "step": content["step"] if isinstance(content.get("step"), int) else 0}
 
 
 def load_weights(module, state, path, free=()):
@@ -1113,7 +1113,7 @@ def prototype_sheet(env, args, model, items, rows=8, columns=8, context=5):
         try:
             model.load_teacher(args.dino_weights)
         except (OSError, ValueError, RuntimeError) as error:
-            return say(env, f"warning: no prototypes.png, for DINO's weights are missing ({str(error).splitlines()[0]}): give --dino-weights")
+            return say(env, f"warning: no prototypes.png: {str(error).splitlines()[0]}")
     clips, best, used = [], [], 0
     for number in torch.linspace(0, len(items) - 1, min(64, len(items))).long().tolist():
         with contextlib.suppress(data.VideoError):
