@@ -1,6 +1,7 @@
 """Tests against independent truths: closed forms, float64, a second process, a number painted into a frame. No network, no GPU."""
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -17,17 +18,19 @@ import urllib.error
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import sigma
 import train
-from sigma import SIGMA, sinkhorn, sinkhorn_argmax, tube_mask
+from sigma import SIGMA, SIZES, sinkhorn, sinkhorn_argmax, tube_mask
 
 HERE = Path(__file__).parent
 
@@ -1669,6 +1672,472 @@ def test_the_demo_from_the_command_line(tmp_path):
     log = read_log(tmp_path / "runs" / "demo")
     assert [(r["eval"], r["step"]) for r in log if "eval" in r] == [("knn", 0), ("knn", 2)] and all(0 <= r["top1"] <= 100 for r in log if "eval" in r)
     assert {"checkpoint.pt", "preview.png"} <= {path.name for path in (tmp_path / "runs" / "demo").iterdir()}
+
+
+WIDTH, DEPTH = SIZES["tiny"][1][:2]
+
+ENV = SimpleNamespace(rank=0, world=1, workers=0, device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
+
+
+# ============ evaluation: a tiny data set and a tiny checkpoint ============
+
+def write_video(path, frames, codec="libx264", pixels="yuv420p", format="rgb24"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=12)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format=format)))
+        file.mux(stream.encode())
+
+
+def disc(colour, seed):
+    """A disc of a colour on grey, moving: frames [6, 40, 72, 3] and masks [6, 40, 72]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:40, :72]
+    masks = np.stack([(np.hypot(x - 14 - 3 * t, y - 18 - rng.integers(3)) < 11) for t in range(6)]).astype(np.uint8)
+    return np.where(masks[..., None] > 0, np.uint8(colour), rng.integers(80, 120, (6, 40, 72, 1), np.uint8)), masks
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Two classes of three videos, masks beside them, the same as a DAVIS tree, and a checkpoint of a tiny SIGMA."""
+    root = tmp_path_factory.mktemp("world")
+    for c, (name, colour) in enumerate({"blue": (20, 20, 240), "red": (240, 20, 20)}.items()):
+        for n in range(3):
+            frames, masks = disc(colour, 3 * c + n)
+            write_video(root / "videos" / name / f"{n}.mp4", frames)
+            write_video(root / "videos-masks" / name / f"{n}.mkv", masks, "ffv1", "gray", "gray")
+            for t in range(6):
+                for folder, picture in ((f"davis/JPEGImages/480p/{name}{n}/{t:05}.jpg", Image.fromarray(frames[t])), (f"davis/Annotations/480p/{name}{n}/{t:05}.png", Image.fromarray(masks[t]))):
+                    (root / folder).parent.mkdir(parents=True, exist_ok=True)
+                    if folder.endswith("png"):
+                        picture = picture.convert("P")           # as DAVIS: an index into a palette
+                    picture.save(root / folder)
+    (root / "davis/ImageSets/2017").mkdir(parents=True)
+    (root / "davis/ImageSets/2017/val.txt").write_text("blue0\nred1\n")
+    (root / "plain").mkdir()
+    for n in range(2):
+        write_video(root / "plain" / f"{n}.mp4", disc((20, 240, 20), n)[0])
+    torch.manual_seed(0)
+    model = SIGMA("tiny", num_prototypes=16, frames=4, image_size=32)
+    args = dict(size="tiny", target="mlp", loss="sigma", frames=4, image_size=32, stride=1, prototypes=16)
+    torch.save({"model": model.state_dict(), "step": 7, "args": args}, root / "ours.pt")
+    return root
+
+
+def mode(*flags, code=0, processes=1):
+    command = [sys.executable, str(HERE / "train.py")]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(20000 + os.getpid() % 20000), command[1]]
+    done = subprocess.run([*command, *map(str, flags), "--workers", "0", "--precision", "fp32"], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert code != 2 or processes > 1 or len(done.stderr.strip().splitlines()) == 1 or done.stderr.startswith("usage"), done.stderr
+    return done.stdout + done.stderr
+
+
+def inside(*flags):
+    """The same without a process of its own."""
+    args = train.parse_args([*map(str, flags)])
+    getattr(train, args.mode)(ENV, args)
+
+
+# ============ matching ============
+
+def brute_iou(table, owner):
+    """Mean IoU when cluster j belongs to object owner[j] (None: to nobody), pixel sets counted by hand."""
+    result = []
+    for i, row in enumerate(table):
+        mine = [j for j, o in enumerate(owner) if o == i]
+        shared, cluster = sum(row[j] for j in mine), sum(sum(r[j] for r in table) for j in mine)
+        result.append(shared / max(1, sum(row) + cluster - shared))
+    return sum(result) / len(result)
+
+
+def test_one_to_one_by_hand():
+    table = torch.tensor([[10, 0, 0], [0, 0, 8], [2, 6, 0]])                 # objects x clusters
+    mean, columns = train.match_one_to_one(table)
+    assert columns == [0, 2, 1]
+    assert mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
+
+
+def test_one_to_one_is_not_greedy():
+    # IoU: object 0 is best with cluster 0, but then object 1 gets nothing
+    table = torch.tensor([[50, 30], [40, 0]])
+    assert train.match_one_to_one(table)[1] == [1, 0]
+
+
+def test_one_to_one_against_all_permutations():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 1), (2, 2), (3, 3), (5, 5), (3, 6), (2, 7)):
+        for _ in range(15):
+            table = torch.randint(0, 30, (rows, columns), generator=generator) * torch.randint(0, 2, (rows, columns), generator=generator)
+            best = -1
+            for chosen in itertools.permutations(range(columns), rows):
+                owner = [chosen.index(j) if j in chosen else None for j in range(columns)]
+                best = max(best, brute_iou(table.tolist(), owner))
+            mean, chosen = train.match_one_to_one(table)
+            assert mean == pytest.approx(best) and len(set(chosen)) == rows
+
+
+def test_many_to_one():
+    table = torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]])                      # clusters 0 and 1 -> object 0, 2 and 3 -> object 1
+    assert train.match_many_to_one(table) == pytest.approx((19 / (20 + 21 - 19) + 10 / (12 + 11 - 10)) / 2)
+    assert train.match_many_to_one(table) == pytest.approx(brute_iou(table.tolist(), [0, 0, 1, 1]))
+    assert train.match_many_to_one(torch.tensor([[5, 5], [1, 0]])) == pytest.approx(10 / 11 / 2)       # an object without cluster counts 0
+
+
+def test_overlap_counts_pixels():
+    truth = torch.zeros(2, 4, 4, dtype=torch.long)
+    truth[:, :2, :2], truth[:, 3, 3] = 5, 255                                # object 5 in a quarter; a pixel to be ignored
+    clusters = torch.tensor([[[1, 0], [0, 2]]])                              # one tube in time, 2 x 2
+    assert train.overlap(truth, clusters, 4).tolist() == [[16, 0, 6, 0], [0, 8, 0, 0]]
+    assert train.match_one_to_one(train.overlap(truth, clusters, 4))[1] == [0, 1]
+    tubes_in_time = torch.tensor([[[0]], [[1]], [[2]]])                      # tube t lasts frames 2t and 2t + 1
+    truth = torch.tensor([0, 0, 1, 1, 0, 1])[:, None, None].expand(6, 2, 2)
+    assert train.overlap(truth, tubes_in_time, 3).tolist() == [[8, 0, 4], [0, 8, 4]]
+
+
+def test_kmeans_finds_separate_points():
+    generator = torch.Generator().manual_seed(1)
+    centres = 20 * torch.eye(6)
+    truth = torch.arange(6).repeat_interleave(30)
+    x = centres[truth] + torch.randn(180, 6, generator=generator)
+    for seed in range(5):
+        cluster = train.kmeans(x, 6, seed, restarts=1)
+        assert len({(int(a), int(b)) for a, b in zip(truth, cluster)}) == 6 and len(cluster.unique()) == 6
+    assert torch.equal(train.kmeans(x, 4, 3), train.kmeans(x, 4, 3))
+    assert len(train.kmeans(x[:3], 10).unique()) == 3                        # fewer points than clusters
+    assert train.kmeans(torch.ones(20, 2), 3).shape == (20,)                 # all the same
+
+
+# ============ probes with a known answer ============
+
+def test_probes_on_known_data():
+    generator = torch.Generator().manual_seed(0)
+    labels, test_labels = torch.arange(300) % 5, torch.arange(100) % 5
+    means = torch.randn(5, 12, generator=generator)
+    draw = lambda labels: means[labels] + 0.1 * torch.randn(len(labels), 12, generator=generator)
+    bank, queries = draw(labels), draw(test_labels)
+    assert train.knn(bank, labels, queries, test_labels) == 100
+    assert train.linear_probe(bank, labels, queries, test_labels) == 100
+    faint = lambda x, seed: torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))], dim=1)
+    assert train.linear_probe(faint(bank, 0), labels, faint(queries, 1), test_labels) > 95            # small, off centre, beside large noise
+    swapped = (test_labels + (torch.arange(100) < 30).long()) % 5            # 30 of 100 labels are wrong
+    assert train.linear_probe(bank, labels, queries, swapped) == pytest.approx(70)
+    assert train.knn(bank, labels, queries, swapped) == pytest.approx(70)
+    noise = torch.randn(400, 12, generator=generator)
+    assert train.linear_probe(noise[:300], labels, noise[300:], test_labels) < 45
+    assert train.linear_probe(bank, labels, queries, test_labels, seed=1) == 100
+
+
+def test_each_feature_once(world):
+    videos = data.find_videos(world / "videos")
+    args = SimpleNamespace(frames=4, stride=1, image_size=32, seed=0, batch_size=4)
+    model = SIGMA("tiny", num_prototypes=16, frames=4, image_size=32)
+    rows, labels = train.features(ENV, args, model, videos)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and rows.shape == (6, WIDTH) and len(rows.unique(dim=0)) == 6
+
+
+# ============ fine-tuning ============
+
+class Reader(torch.nn.Module):
+    """Logits that are a known function of the clip: its mean brightness and that of its left edge."""
+    def forward(self, video):
+        return torch.stack([video.mean(dim=(1, 2, 3, 4)), video[..., 0].mean(dim=(1, 2, 3)), video[:, :, 0].mean(dim=(1, 2, 3))], dim=1) * 3
+
+
+def test_multi_view_averages_softmax(world):
+    videos = data.find_videos(world / "videos")
+    clips = data.Clips(videos, 2, 1, 32, 0, False, views=(2, 3))
+    args = SimpleNamespace(batch_size=7)
+    right, models = 0, Reader()
+    truth = []
+    for i in range(len(videos)):
+        views = [models(data.normalize(torch.from_numpy(v)[None])).softmax(1)[0] for v in clips[0, i]["video"].numpy()]
+        assert len(views) == 6
+        truth.append(int(sum(views).argmax()))
+    videos.labels = torch.tensor(truth)
+    assert train.multi_view(ENV, args, models, clips) == (100.0, 100.0, 6)
+    videos.labels[:2] = (videos.labels[:2] + 1) % 3
+    assert train.multi_view(ENV, args, models, clips) == (pytest.approx(100 * 4 / 6), 100.0, 6)
+
+
+def test_softmax_is_averaged_not_logits():
+    # one sure view against two mildly different ones: the mean of logits says class 0, the mean of softmax class 1
+    logits = torch.tensor([[9.0, 0.0], [0.0, 1.5], [0.0, 1.5]])
+    assert logits.mean(0).argmax() == 0 and logits.softmax(1).mean(0).argmax() == 1
+
+    class Fixed(torch.nn.Module):
+        def forward(self, video):
+            return logits[:len(video)]
+
+    class Three(data.Clips):
+        def __getitem__(self, key):
+            return {"video": torch.zeros(3, 3, 2, 8, 8, dtype=torch.uint8), "index": 0, "bad": [], "label": 1}
+    clips = Three([0], views=(1, 3), train=False)
+    assert train.multi_view(ENV, SimpleNamespace(batch_size=1), Fixed(), clips)[0] == 100
+
+
+def test_unreadable_test_video_is_left_out(world, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "a/0.mp4").write_bytes((world / "videos/blue/0.mp4").read_bytes())
+    (tmp_path / "b/0.mp4").write_bytes(b"no video")
+    clips = data.Clips(data.find_videos(tmp_path), 2, 1, 32, 0, False, views=(1, 3))
+    assert train.multi_view(ENV, SimpleNamespace(batch_size=6), Reader(), clips)[2] == 1
+
+
+def test_layer_decay_groups():
+    model = train.Classifier("tiny", 5, 4, 32)
+    groups = train.layer_groups(model)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
+    for name, p in model.named_parameters():
+        layer = 0 if "patch_embed" in name else int(name.split(".")[2]) + 1 if ".blocks." in name else DEPTH + 1
+        assert of[id(p)]["lr_scale"] == pytest.approx(0.75 ** (DEPTH + 1 - layer)), name
+        assert of[id(p)]["weight_decay"] == (0.05 if p.ndim > 1 else 0.0), name
+    assert groups[-1]["lr_scale"] == 1.0
+
+
+def test_classifier_is_videomaes():
+    torch.manual_seed(0)
+    model = train.Classifier("tiny", 5, 4, 32).eval()
+    full = SIGMA("tiny", frames=4, image_size=32, num_prototypes=4).eval()
+    train.load_weights(model, full.state_dict(), "x", free=("fc_norm.", "head."))
+    video = torch.randn(2, 3, 4, 32, 32)
+    full.encoder.norm = torch.nn.Identity()
+    expected = torch.nn.functional.layer_norm(full.features(video).mean(1), (WIDTH,), eps=1e-6) @ model.head.weight.T + model.head.bias
+    assert torch.allclose(model(video), expected, atol=1e-6)
+    assert 0 < model.head.weight.abs().max() < 1e-3 and model(video).abs().max() < 1e-2
+    assert torch.allclose(torch.tensor([b.drop_path for b in model.encoder.blocks]), torch.linspace(0, 0.1, DEPTH))
+
+
+def test_augmentation_is_the_same_for_all_frames():
+    still = torch.randint(0, 256, (3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    changed = flipped = 0
+    for flip in (True, False):
+        transform = train.augmentation(flip)
+        for seed in range(60):
+            torch.manual_seed(seed)
+            out = transform(still.repeat(5, 1, 1, 1))
+            assert out.shape == (5, 3, 24, 24) and out.dtype == torch.uint8
+            assert (out == out[:1]).all(), seed
+            changed += not torch.equal(out[0], still)
+            flipped += torch.equal(out[0], still.flip(-1)) and (1 if flip else 100)
+    assert changed > 80 and 0 < flipped < 100
+    *four, flip, erase = transform.transforms
+    assert [(t.p, t.transforms[0].num_ops, t.transforms[0].magnitude, t.transforms[0].num_magnitude_bins) for t in four] == [(0.5, 1, 7, 11)] * 4
+    share = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        gone = (erase(torch.zeros(5, 3, 24, 24, dtype=torch.uint8)) == torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]).all(1)
+        assert (gone == gone[:1]).all()
+        share.append(gone.float().mean().item())
+    hit = [s for s in share if s]
+    assert 30 < len(hit) < 75 and min(hit) > 0.01 and max(hit) < 0.37
+
+
+def test_augmentation_is_a_function_of_seed_epoch_index(world):
+    videos = data.find_videos(world / "videos")
+    clips = lambda seed: data.Clips(videos, 4, 1, 32, seed, True, 2, draw_crop=data.draw_resized, transform=train.augmentation(True))
+    torch.manual_seed(1)
+    first = clips(0)[3, 1]["video"]
+    torch.manual_seed(2)
+    after = torch.get_rng_state()
+    assert torch.equal(clips(0)[3, 1]["video"], first) and torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(clips(0)[4, 1]["video"], first) and not torch.equal(clips(1)[3, 1]["video"], first)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_resized_crops_lie_inside():
+    seen = []
+    for seed in range(300):
+        x, y, w, h = data.draw_resized(torch.Generator().manual_seed(seed))(64, 48)
+        assert 0 <= x <= 64 - w and 0 <= y <= 48 - h and w >= 1 and h >= 1
+        seen.append((w * h / (64 * 48), w / h))
+    areas, aspects = zip(*seen)
+    assert min(areas) < 0.12 and max(areas) > 0.85 and 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4
+
+
+def objective_of(monkeypatch, world, **changes):
+    """finetune's objective, groups and model, caught where it hands them to fit."""
+    caught = {}
+    monkeypatch.setattr(train, "fit", lambda env, args, model, groups, betas, train_set, objective, evaluate, at_epoch: caught.update(locals()))
+    args = train.parse_args(["--finetune", "none", "--size", "tiny", "--data", str(world / "videos"), "--val", str(world / "videos"), "--frames", "4",
+                             "--image-size", "32", "--stride", "1", "--out", str(world / "caught"), *changes.get("flags", [])])
+    train.finetune(SimpleNamespace(**vars(ENV), precision="fp32"), args)
+    return caught
+
+
+def test_mixing(monkeypatch, world):
+    caught = objective_of(monkeypatch, world)
+    targets, videos = [], []
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(train.F, "cross_entropy", lambda logits, target, label_smoothing: targets.append((target, label_smoothing)) or real(logits, target, label_smoothing=label_smoothing))
+    batch = {"video": torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8), "label": torch.tensor([0, 1, 0, 1]), "index": torch.tensor([3, 1, 2, 0])}
+    model = caught["model"].train()
+    losses = [caught["objective"](model, batch, step)[0].item() for step in (0, 1, 2, 3, 4, 5, 1)]
+    for target, smoothing in targets:
+        assert target.shape == (4, 2) and torch.allclose(target.sum(1), torch.ones(4)) and (target >= 0).all() and smoothing == 0.1
+    assert losses[1] == losses[6] and torch.equal(targets[1][0], targets[6][0]) and len(set(losses)) == 6      # a function of the step
+    assert any(0 < float(t.min()) < 1 for t, _ in targets)
+
+
+def test_presets(world):
+    base = ["--finetune", "none", "--data", str(world / "videos"), "--val", str(world / "videos")]
+    kinetics, ssv2, demo = train.parse_args(base), train.parse_args([*base, "--stride", "0"]), train.parse_args(["--finetune", "none"])
+    assert (kinetics.epochs, kinetics.stride, kinetics.flip, kinetics.test_clips, kinetics.lr, kinetics.warmup_epochs, kinetics.size) == (100, 4, True, 5, 1e-3, 5, "base")
+    assert (ssv2.epochs, ssv2.flip, ssv2.test_clips) == (40, False, 2)
+    assert (demo.flip, demo.size, demo.stride, demo.image_size) == (False, "tiny", train.DEMO["stride"], train.DEMO["image_size"])
+    assert train.parse_args([*base, "--no-flip", "--epochs", "3", "--stride", "0"]).epochs == 3
+    assert not train.parse_args([*base, "--no-flip"]).flip and train.parse_args([*base, "--stride", "0", "--flip"]).flip
+
+
+# ============ checkpoints ============
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def shapes(size, **kwargs):
+    return {name: torch.zeros_like(value) for name, value in SIGMA(size, frames=2, image_size=32, **kwargs).state_dict().items()}
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (dict(target="mlp", num_prototypes=7), dict(target="mlp", loss="sigma", prototypes=7)),
+    (dict(target="dino", num_prototypes=9), dict(target="dino", loss="sigma", prototypes=9, teacher="vitb16")),
+    (dict(target="dino", num_prototypes=9, teacher="vits16"), dict(target="dino", loss="sigma", teacher="vits16")),
+    (dict(target="pixel", loss="l2"), dict(target="pixel", loss="l2")),
+    (dict(target="mlp", loss="l2"), dict(target="mlp", loss="l2")),
+])
+def test_authors_files(tmp_path, flags, expected):
+    state = shapes("small", **flags)
+    path = save(tmp_path / "a.pth", {"model": state, "optimizer": {}, "epoch": 799, "scaler": {}, "args": argparse.Namespace(model="pretrain_videomae_small_patch16_224", lr=1.0)})
+    state, facts = train.read_weights(path)
+    assert {name: facts[name] for name in expected} == expected and facts["size"] == "small"
+    model = SIGMA(facts["size"], facts["target"], facts["loss"], facts["prototypes"], teacher=facts["teacher"], frames=2, image_size=32)
+    assert train.load_weights(model, state, path) == []
+
+
+def test_videomae_fine_tuned_files(tmp_path):
+    torch.manual_seed(0)
+    source = train.Classifier("tiny", 5, 4, 32)
+    theirs = {"backbone." + name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
+    state, facts = train.read_weights(save(tmp_path / "v.pth", {"module": theirs}))
+    same, other = train.Classifier("tiny", 5, 4, 32), train.Classifier("tiny", 6, 4, 32)
+    assert facts["size"] == "tiny" and train.load_weights(same, state, "v", ("fc_norm.", "head.")) == []
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), same.state_dict().values()))
+    head = other.head.weight.clone()
+    assert train.load_weights(other, state, "v", ("fc_norm.", "head.")) == ["head.weight", "head.bias"]
+    assert torch.equal(other.head.weight, head) and torch.equal(other.fc_norm.weight, source.fc_norm.weight)
+    assert torch.equal(other.encoder.blocks[1].mlp.fc2.weight, source.encoder.blocks[1].mlp.fc2.weight)
+
+
+def test_partial_files_say_what_is_missing(tmp_path):
+    state = shapes("tiny", num_prototypes=4)
+    model = train.Classifier("tiny", 5, 2, 32)
+    for change, text in (({"encoder.blocks.0.attn.q_bias": None}, "encoder.blocks.0.attn.q_bias is missing"),
+                         ({"encoder.blocks.1.mlp.fc1.weight": torch.zeros(3, 4)}, rf"encoder.blocks.1.mlp.fc1.weight is \(3, 4\) instead of \({4 * WIDTH}, {WIDTH}\)"),
+                         ({f"encoder.blocks.{DEPTH}.norm1.weight": torch.zeros(WIDTH)}, f"encoder.blocks.{DEPTH}.norm1.weight is unknown"),
+                         ({"encoder.blocks.0." + n: None for n in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias", "attn.v_bias")}, "; and 2 more")):
+        changed = {name: value for name, value in {**state, **change}.items() if value is not None}
+        read, _ = train.read_weights(save(tmp_path / "p.pt", {"model": changed}))
+        with pytest.raises(ValueError, match=text):
+            train.load_weights(model, read, "p.pt", ("fc_norm.", "head."))
+    read, _ = train.read_weights(save(tmp_path / "p.pt", {"model": {n: v for n, v in state.items() if not n.startswith("head")}}))
+    assert set(train.load_weights(model, read, "p.pt", ("fc_norm.", "head."))) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    with pytest.raises(ValueError, match="no video model"):
+        train.read_weights(save(tmp_path / "q.pt", {"model": {"a": torch.zeros(3)}}))
+    with pytest.raises(ValueError, match="none of the sizes"):
+        train.read_weights(save(tmp_path / "q.pt", {"encoder.patch_embed.proj.weight": torch.zeros(100, 3, 2, 16, 16)}))
+
+
+# ============ every mode, from the command line ============
+
+def test_probe_runs(world, tmp_path, capsys):
+    inside("--probe", world / "ours.pt", "--data", world / "videos", "--val", world / "videos", "--out", tmp_path / "o")
+    text, log = capsys.readouterr().out, read_log(tmp_path / "o")
+    assert [(r["eval"], r["step"]) for r in log] == [("knn", 7), ("linear", 7)] and all(0 <= r["top1"] <= 100 for r in log)
+    assert "k-NN top-1" in text and "linear top-1" in text and log[1]["top1"] == 100
+    text = mode("--probe", world / "ours.pt", "--data", world / "videos", "--val", world / "videos", "--out", tmp_path / "two", processes=2)
+    assert "% of 6 videos" in text and [(r["eval"], r["top1"]) for r in read_log(tmp_path / "two")] == [(r["eval"], r["top1"]) for r in log]
+
+
+def test_finetune_runs_and_resumes(world, tmp_path):
+    flags = ("--finetune", world / "ours.pt", "--data", world / "videos", "--val", world / "videos", "--frames", 4, "--image-size", 32, "--stride", 1,
+             "--batch-size", 3, "--epochs", 2, "--warmup-epochs", 1, "--test-clips", 2, "--log-every", 1)
+    text = mode(*flags, "--out", tmp_path / "whole")
+    log = read_log(tmp_path / "whole")
+    assert log[-1]["eval"] == "finetune" and log[-1]["step"] == 4 and log[-1]["videos"] == 6 and 0 <= log[-1]["top1"] <= log[-1]["top5"] == 100
+    assert "new: fc_norm.weight, fc_norm.bias, head.weight, head.bias" in text
+    mode(*flags, "--out", tmp_path / "parts", "--steps", 3)
+    mode(*flags, "--out", tmp_path / "parts")
+    losses = [[(r["step"], r["loss"]) for r in read_log(tmp_path / name) if "loss" in r] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    start = torch.load(world / "ours.pt")["model"]["encoder.blocks.1.mlp.fc1.weight"]
+    assert 0 < (whole["encoder.blocks.1.mlp.fc1.weight"] - start).abs().max() < 0.1
+
+
+def test_finetune_from_scratch_and_uniform(world, tmp_path):
+    mode("--finetune", "none", "--size", "tiny", "--data", world / "videos", "--val", world / "videos", "--frames", 4, "--image-size", 32, "--stride", 0,
+        "--batch-size", 3, "--steps", 1, "--out", tmp_path / "o", processes=2)
+    assert read_log(tmp_path / "o")[-1]["videos"] == 6
+
+
+def test_segment_runs(world, tmp_path, capsys):
+    mode("--segment", world / "ours.pt", "--data", world / "videos", "--out", tmp_path / "masked")
+    record, = read_log(tmp_path / "masked")
+    assert record["eval"] == "segment" and record["step"] == 7 and record["clips"] == 6 and 0 < record["miou"] < record["miou_overclustering"] <= 100
+    for name in ("segments", "prototypes"):
+        assert Image.open(tmp_path / "masked" / f"{name}.png").size[0] > 300
+    inside("--segment", world / "ours.pt", "--data", world / "davis", "--out", tmp_path / "davis")
+    record, = read_log(tmp_path / "davis")
+    assert record["clips"] == 2 and 0 < record["miou"] < record["miou_overclustering"]
+    capsys.readouterr()
+    inside("--segment", world / "ours.pt", "--data", world / "plain", "--out", tmp_path / "plain")
+    assert "no masks" in capsys.readouterr().out and not (tmp_path / "plain/log.jsonl").exists() and (tmp_path / "plain/segments.png").exists()
+
+
+def test_masks_are_read_exactly(world):
+    args = SimpleNamespace(frames=4, stride=1, image_size=32, data=str(world / "davis"), demo=False)
+    _, masks = disc((20, 20, 240), 0)
+    davis = train.find_masks(ENV, args)
+    assert [len(item[0]) for item in davis] == [6, 6]                        # the two of val.txt
+    clip, truth = train.read_masked(*davis[0], args)
+    assert clip.shape == (3, 4, 32, 32) and clip.dtype == torch.uint8 and np.array_equal(truth.numpy(), masks[1:5])
+    args.data = str(world / "videos")
+    args.mode, args.val = "segment", None
+    clip, truth = train.read_masked(*train.find_masks(ENV, args)[0], args)
+    assert clip.shape == (3, 4, 32, 32) and np.array_equal(truth.numpy(), masks[1:5])
+    inside = torch.nn.functional.interpolate(truth[:, None].float(), (32, 32), mode="nearest-exact")[:, 0] > 0   # the whole picture is squeezed
+    assert ((clip[2] > 175) == inside).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--probe", "ours.pt", "--data", "plain", "--val", "videos"], "has no labels"),
+    (["--probe", "ours.pt", "--data", "videos"], "--val is missing"),
+    (["--finetune", "none", "--data", "videos", "--val", "plain"], "has no labels"),
+    (["--probe", "nothing.pt", "--data", "videos"], "nothing.pt"),
+    (["--probe", "ours.pt", "--finetune", "none"], "not allowed with"),
+    (["--probe", "ours.pt", "--size", "base"], "--size is base"),
+    (["--segment", "videos/red/0.mp4", "--data", "plain"], "not a readable checkpoint|refused"),
+    (["--finetune", "none", "--test-clips", "0"], "--test-clips"),
+    (["--segment", "ours.pt", "--data", "davis/Annotations"], "holds no videos"),
+    (["--finetune", "none", "--stride", "-1"], "--stride"),
+])
+def test_mistakes_give_one_line(world, tmp_path, flags, text, capsys):
+    flags = [str(world / f) if (world / f).exists() or f == "nothing.pt" else f for f in flags]
+    os.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        args = train.parse_args([*flags, "--out", str(tmp_path / "o"), "--workers", "0"])
+        {"probe": train.probe, "finetune": train.finetune, "segment": train.segment}[args.mode](ENV, args)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    import re
+    assert stopped.value.code == 2 and re.search(text, message), message
 
 
 # ============ fuzzing, also by hand: python test_sigma.py SECONDS SEED ============

@@ -350,7 +350,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True if env.device.type == "cuda" else None)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     # The scaler leaves out a step whose gradients are not finite, without asking the GPU. Hence also for bf16 and fp32,
-    # where it starts at 1 and multiplies by powers of two, which changes no digit.
+    # where its scale stays 1.
     scaler = torch.amp.GradScaler(env.device.type, init_scale=2.0 ** 16 if env.precision == "fp16" else 1.0)
     checkpoint, log = open_run(env, args, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
     step, skipped, unreadable = (checkpoint["step"], checkpoint["skipped"], checkpoint["unreadable"]) if checkpoint else (0, 0, {})
@@ -406,7 +406,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             values.append(torch.stack([loss.detach().float(), *(value.float() for value in stats.values())]))
         lr = scheduler.get_last_lr()[-1]
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if env.precision == "fp16" else 1.0)
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -559,7 +559,7 @@ def clip_flops(args):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, teacher=args.teacher, frames=args.frames, image_size=args.image_size)
         model.teacher_checked = True
-        hidden = int(args.mask_ratio * model.num_tubes // model.grid[0]) * model.grid[0]
+        hidden = int(args.mask_ratio * model.grid[1] * model.grid[2]) * model.grid[0]
         visible, masked = torch.zeros(1, model.num_tubes - hidden, dtype=torch.long), torch.zeros(1, hidden, dtype=torch.long)
         tubes, video = torch.zeros(1, model.num_tubes, TUBELET * model.patch ** 2 * 3), torch.zeros(1, 3, args.frames, args.image_size, args.image_size)
         x_psi, x_phi = model.forward_video(tubes[:, hidden:], visible, masked), model.forward_target(video, tubes[:, :hidden], masked)
