@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import math
+import operator
 import os
 import re
 import shutil
@@ -52,6 +53,10 @@ ATTEMPTS = 20                                    # draws of a video before a dat
 
 
 # ============ reading ============
+
+class WorkerError(RuntimeError):
+    """A loader worker died of something other than its video. One line."""
+
 
 class VideoError(Exception):
     """A video that cannot be read. One line: what is wrong, without the path, which the caller knows."""
@@ -580,7 +585,8 @@ def collate(items):
 
 def normalize(video, dtype=torch.float32):
     """uint8 [B, 3, T, H, W] -> ImageNet-normalised, of `dtype`, on the video's device."""
-    mean, std = video.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32).view(2, 3, 1, 1, 1)
+    mean, std = (torch.stack([video.new_full((), value, dtype=torch.float32) for value in values]).view(3, 1, 1, 1)    # filled, not copied:
+                 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))                                         # nothing waits for the GPU
     return (video * (1 / (255 * std)) - mean / std).to(dtype)
 
 
@@ -659,7 +665,7 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
 
     A video that hangs or crashes its worker is noted as unreadable in clips.bad, the workers are started afresh, and the
     same batch is made again with another draw. With workers=0 such a video takes the program down. Raises VideoError
-    if most videos are unreadable and RuntimeError if a worker is killed from outside (out of memory, for instance).
+    if most videos are unreadable and WorkerError if a worker is killed from outside (out of memory, for instance).
     """
     while True:
         clips.board = torch.full((max(1, workers),), -1).share_memory_()
@@ -687,7 +693,7 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
                 raise
             if len(blamed) < len(dead):
                 ended = ", ".join(f"signal {code}" if code > 0 else f"exit code {-code}" for _, code in dead)
-                raise RuntimeError(f"a loader worker was ended from outside ({ended}); out of memory?") from None
+                raise WorkerError(f"a loader worker was ended from outside ({ended}); out of memory?") from None
             clips.bad.update(blamed)
         finally:
             del batches, loader                                       # ends the other workers
@@ -805,7 +811,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=None):
         reasons = {i: earlier[videos.path(i)] for i in range(len(videos)) if videos.path(i) in earlier and os.path.exists(targets.path(i))}
     jobs = OnceSampler(range(len(videos)), 1)
     with tqdm(total=len(videos), unit="video") as bar:
-        for items in load(Reencoder(videos, targets, gop, short_side), jobs, workers, collate=lambda items: items[0]):
+        for items in load(Reencoder(videos, targets, gop, short_side), jobs, workers, collate=operator.itemgetter(0)):
             for number, reason in items:
                 reasons[number] = reason
                 bar.write(f"{videos.path(number)}: {reason}")
@@ -970,6 +976,7 @@ def main():
             seconds=(10.0, "to measure for"), rate=(100.0, "clips a second to feed"), frames=(16, "of a clip"),
             stride=(4, "frames from one to the next; 0: spread over the video"), size=(224, "pixels"), repeats=(1, "clips from one decoding"))
     command("demo", "write the demo's videos", "directory", seed=(0, "of everything random"))
+    sys.stdout.reconfigure(errors="backslashreplace"), sys.stderr.reconfigure(errors="backslashreplace")   # for file names of any bytes
     options = vars(parser.parse_args())
     name = options.pop("command")
     for flag, value in options.items():

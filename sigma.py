@@ -17,20 +17,17 @@ predict the assignment of the other:
 Letters in the shape comments: B clips, N tubes of a clip, n visible and M masked ones (n + M = N), T frames, P numbers
 in a tube, D and d width of encoder and decoder, F width of the target features, K prototypes.
 
-Every top-level function and class can be pasted, with those it calls, under `import torch`, `from torch import nn`,
-`import torch.nn.functional as F` and `import torch.distributed as dist`. "The release" is the authors' code; where
-text and release differ the release decides, because its numbers are the published ones.
+Every top-level function and class can be pasted, with those it calls and the constants it names (TUBELET, IMAGENET_*,
+SIZES, TEACHERS), under `import torch`; SIGMA and load_checkpoint also want the standard library's modules below. "The
+release" is the authors' code; where text and release differ the release decides, because its numbers are the published ones.
 """
 import argparse
 import math
 import pickle
+import re
 import warnings
-from collections import OrderedDict
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 
 TUBELET = 2                                      # frames in a tube, at every size
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,14 +96,15 @@ def normalize_tubes(tubes):
     Undoes the ImageNet normalisation first, so that the 1e-6 is on the [0, 1] scale. Unbiased variance, as the release.
     """
     x = tubes.unflatten(-1, (-1, 3)).float()                                     # [..., positions, 3]
-    x = x * x.new_tensor(IMAGENET_STD) + x.new_tensor(IMAGENET_MEAN)
+    mean, std = (torch.stack([x.new_full((), value) for value in values]) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    x = x * std + mean                                               # (filled, not copied: a copy would wait for the GPU)
     var, mean = torch.var_mean(x, dim=-2, keepdim=True)
     return ((x - mean) / (var.sqrt() + 1e-6)).flatten(-2)
 
 
 # ============ the transformer that Ψ and the DINO teacher share ============
 
-class Attention(nn.Module):
+class Attention(torch.nn.Module):
     """Multi-head self-attention, [B, N, width] -> the same.
 
     key_bias=False is the video model: biases for q and v only, as BEiT and VideoMAE. A k bias adds the same number to
@@ -115,29 +113,31 @@ class Attention(nn.Module):
     def __init__(self, width, heads, key_bias=False):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
+        self.qkv = torch.nn.Linear(width, 3 * width, bias=key_bias)
         if not key_bias:
-            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+            self.q_bias, self.v_bias = torch.nn.Parameter(torch.zeros(width)), torch.nn.Parameter(torch.zeros(width))
+        self.proj = torch.nn.Linear(width, width)
 
     def forward(self, x):
         bias = self.qkv.bias
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))   # [B, N, 3, heads, width/heads]
+        qkv = torch.nn.functional.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))   # [B, N, 3, heads, width/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # 3 x [B, heads, N, width/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class Block(torch.nn.Module):
     """Pre-norm transformer block. drop_path: probability of skipping a branch, per clip, in training (fine-tuning only)."""
     def __init__(self, width, heads, key_bias=False, drop_path=0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = torch.nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, key_bias)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)))
+        self.norm2 = torch.nn.LayerNorm(width, eps=1e-6)
+        self.mlp = torch.nn.Sequential()
+        for name, layer in (("fc1", torch.nn.Linear(width, 4 * width)), ("act", torch.nn.GELU()), ("fc2", torch.nn.Linear(4 * width, width))):
+            self.mlp.add_module(name, layer)
         self.drop_path = drop_path
 
     def forward(self, x):
@@ -161,42 +161,42 @@ def sincos_table(positions, width):
 def init_transformer(module):
     """Xavier-uniform Linear layers without bias values, as the release; LayerNorm starts at 1 and 0 by itself."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+                torch.nn.init.zeros_(layer.bias)
 
 
 # ============ video model Ψ (Sec. 3.1) ============
 
-class Encoder(nn.Module):
+class Encoder(torch.nn.Module):
     """ViT on the tubes it is given: tubes [B, n, P] and their positions [B, n] -> tokens [B, n, D] after the final norm."""
     def __init__(self, num_tubes, patch, width, depth, heads, drop_path=0.0):
         super().__init__()
         # Holds the weight under its released name and shape. It is applied as a matrix product to the visible tubes
         # alone: convolving the whole clip would embed ten times as many.
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, width, (TUBELET, patch, patch), (TUBELET, patch, patch))})
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path=drop_path * i / max(1, depth - 1)) for i in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.patch_embed = torch.nn.ModuleDict({"proj": torch.nn.Conv3d(3, width, (TUBELET, patch, patch), (TUBELET, patch, patch))})
+        self.blocks = torch.nn.ModuleList(Block(width, heads, drop_path=drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = torch.nn.LayerNorm(width, eps=1e-6)
         self.register_buffer("positions", sincos_table(num_tubes, width), persistent=False)
         init_transformer(self.blocks)                                     # the patch embedding keeps PyTorch's default
 
     def forward(self, tubes, index):
         proj = self.patch_embed["proj"]
         weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)            # [D, P], in the order of patchify
-        x = F.linear(tubes, weight, proj.bias) + self.positions[index]    # [B, n, D]
+        x = torch.nn.functional.linear(tubes, weight, proj.bias) + self.positions[index]    # [B, n, D]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
-class Decoder(nn.Module):
+class Decoder(torch.nn.Module):
     """ViT over visible tokens first, mask tokens after them: [B, N, d] -> predictions for the last M: [B, M, F]."""
     def __init__(self, num_tubes, width, depth, heads, out_width):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, out_width)
+        self.blocks = torch.nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = torch.nn.LayerNorm(width, eps=1e-6)
+        self.head = torch.nn.Linear(width, out_width)
         self.register_buffer("positions", sincos_table(num_tubes, width), persistent=False)
         init_transformer(self)
 
@@ -212,11 +212,11 @@ def projection_mlp(in_width, widths):
     """The trained φ: Linear layers of these widths with GELU between, on one tube's normalised pixels. PyTorch's init."""
     layers = []
     for fan_in, fan_out in zip((in_width, *widths), widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
-    return nn.Sequential(*layers[:-1])
+        layers += [torch.nn.Linear(fan_in, fan_out), torch.nn.GELU()]
+    return torch.nn.Sequential(*layers[:-1])
 
 
-class DinoViT(nn.Module):
+class DinoViT(torch.nn.Module):
     """The frozen φ: a DINO v1 image ViT (Caron et al., 2021) under the parameter names of its public files.
 
     images, ImageNet-normalised [B, 3, H, W] with sides divisible by 16 -> patch tokens [B, H/16 * W/16, width] after
@@ -224,18 +224,18 @@ class DinoViT(nn.Module):
     """
     def __init__(self, width, depth, heads):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 14 * 14, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 16, 16)})
-        self.blocks = nn.ModuleList(Block(width, heads, key_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + 14 * 14, width))
+        self.patch_embed = torch.nn.ModuleDict({"proj": torch.nn.Conv2d(3, width, 16, 16)})
+        self.blocks = torch.nn.ModuleList(Block(width, heads, key_bias=True) for _ in range(depth))
+        self.norm = torch.nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
         x = self.patch_embed["proj"](images)                                            # [B, width, H/16, W/16]
         grid, positions = x.shape[-2:], self.pos_embed
         if grid != (14, 14):
             table = positions[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
-            table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+            table = torch.nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
             positions = torch.cat([positions[:, :1], table], dim=1)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + positions
         for block in self.blocks:
@@ -247,8 +247,8 @@ class DinoViT(nn.Module):
 
 def all_reduce(x, op="SUM"):
     """In-place reduction over all ranks; x itself when there is no process group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x, op=getattr(torch.distributed.ReduceOp, op))
     return x
 
 
@@ -270,10 +270,11 @@ def sinkhorn_scaling(scores, eps=0.05, iterations=10):
     row_max = kernel.amax(dim=1)
     kernel.sub_(row_max[:, None]).exp_()
     u, v = row_max.exp(), (column_max - column_max.max()).exp()
-    for _ in range(iterations):                                              # prototypes first, tubes second
-        v = all_reduce(kernel.T @ u).reciprocal_()                           # columns even over the tubes of all ranks
-        v = v.div_(v.amax()).clamp_(min=1e-30)                               # a common factor is free: u takes it up
-        u = (kernel @ v).reciprocal_()                                       # rows sum to 1
+    with torch.autocast("cuda" if kernel.is_cuda else "cpu", enabled=False):     # in half precision u and v would overflow
+        for _ in range(iterations):                                              # prototypes first, tubes second
+            v = all_reduce(kernel.T @ u).reciprocal_()                           # columns even over the tubes of all ranks
+            v = v.div_(v.amax()).clamp_(min=1e-30)                               # a common factor is free: u takes it up
+            u = (kernel @ v).reciprocal_()                                       # rows sum to 1
     return kernel, v
 
 
@@ -297,7 +298,7 @@ def sinkhorn_argmax(scores, eps=0.05, iterations=10):
 
 # ============ SIGMA ============
 
-class SIGMA(nn.Module):
+class SIGMA(torch.nn.Module):
     """Video model Ψ, projection network φ and prototypes C, trained together (Fig. 2).
 
     size:   tiny | small | base | large | huge         frames, image_size: of the clips, fixed for a model
@@ -334,17 +335,17 @@ class SIGMA(nn.Module):
         out_width = {"mlp": phi_widths[-1], "dino": TEACHERS[teacher][0], "pixel": tube_width}[target]   # F
 
         self.encoder = Encoder(self.num_tubes, self.patch, width, depth, heads, drop_path)
-        self.encoder_to_decoder = nn.Linear(width, dec_width, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dec_width))
+        self.encoder_to_decoder = torch.nn.Linear(width, dec_width, bias=False)
+        self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, dec_width))
         self.decoder = Decoder(self.num_tubes, dec_width, dec_depth, dec_heads, out_width)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        torch.nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         if target == "mlp":
             self.head = projection_mlp(tube_width, phi_widths)
         if target == "dino":
             self.teacher = DinoViT(*TEACHERS[teacher][:3]).requires_grad_(False)
             self.teacher_url, self.teacher_checked = TEACHERS[teacher][3], False
         if loss == "sigma":
-            self.prototypes = nn.Parameter(torch.randn(num_prototypes, out_width))               # C
+            self.prototypes = torch.nn.Parameter(torch.randn(num_prototypes, out_width))               # C
 
     def load_teacher(self, path=None):
         """Loads DINO's weights from a file, or from their public URL into PyTorch's cache. Frozen; not in state_dict().
@@ -361,7 +362,7 @@ class SIGMA(nn.Module):
         try:
             self.teacher.load_state_dict(weights)
         except RuntimeError:
-            raise ValueError(f"{path}: not the weights of this DINO network; they are at {self.teacher_url}") from None
+            raise ValueError(f"{path or 'what came from ' + self.teacher_url}: not the weights of this DINO network; they are at {self.teacher_url}") from None
 
     # The teacher is frozen and public: not stored, and not missed when a checkpoint is loaded strictly.
     def state_dict(self, *args, **kwargs):
@@ -420,29 +421,29 @@ class SIGMA(nn.Module):
                 warnings.warn("DINO's weights were never loaded: the targets are those of a random network (call load_teacher)")
         frames = video[:, :, ::TUBELET].transpose(1, 2).flatten(0, 1)                    # [B*T/2, 3, H, W]
         if self.patch != 16:                                                             # DINO's patches must be Ψ's tubes
-            frames = F.interpolate(frames, size=tuple(16 * side for side in self.grid[1:]), mode="bilinear", align_corners=False)
+            frames = torch.nn.functional.interpolate(frames, size=tuple(16 * side for side in self.grid[1:]), mode="bilinear", align_corners=False)
         x = self.teacher(frames).float().unflatten(0, (len(video), -1)).flatten(1, 2)    # [B, N, F]
         var, mean = torch.var_mean(x, dim=1, keepdim=True)
         return (x - mean) / (var.sqrt() + 1e-6)
 
     def forward_loss(self, x_psi, x_phi):
         """x^Ψ, x^φ [B*M, F] -> L = 1/N Σ CE(x̃^φ/τ, q^Ψ) + CE(x̃^Ψ/τ, q^φ), or 1/N Σ ‖x^φ − x^Ψ‖² for "l2"; statistics."""
-        unit_phi = F.normalize(x_phi.float(), dim=-1)                                    # float: squares overflow in fp16
+        unit_phi = torch.nn.functional.normalize(x_phi.float(), dim=-1)                                    # float: squares overflow in fp16
         if self.loss == "l2":
             stats = {} if self.target == "pixel" else {"spread": self.usage(unit_phi)[1]}
-            return F.mse_loss(x_psi.float(), x_phi.float()), stats                       # mean over F too: a constant factor
+            return torch.nn.functional.mse_loss(x_psi.float(), x_phi.float()), stats                       # mean over F too: a constant factor
 
         with torch.no_grad():   # c on the unit sphere, in place as the release: no gradient goes through the normalisation
-            self.prototypes.data.copy_(F.normalize(self.prototypes, dim=-1))
+            self.prototypes.data.copy_(torch.nn.functional.normalize(self.prototypes, dim=-1))
         scores_phi = unit_phi @ self.prototypes.T                                        # x̃^φ [B*M, K]
-        scores_psi = F.normalize(x_psi.float(), dim=-1) @ self.prototypes.detach().T     # x̃^Ψ: C learns from φ's term only
+        scores_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1) @ self.prototypes.detach().T     # x̃^Ψ: C learns from φ's term only
         if self.assignment == "hard":
             hard_phi, hard_psi = q_phi, q_psi = [sinkhorn_argmax(s.detach(), self.eps, self.iterations) for s in (scores_phi, scores_psi)]
         else:
             q_phi, q_psi = [sinkhorn(s.detach(), self.eps, self.iterations) for s in (scores_phi, scores_psi)]
             hard_phi, hard_psi = q_phi.argmax(dim=1), q_psi.argmax(dim=1)
-        loss_projection = F.cross_entropy(scores_phi.float() / self.temperature, q_psi)  # each branch predicts the other's q
-        loss_video = F.cross_entropy(scores_psi.float() / self.temperature, q_phi)
+        loss_projection = torch.nn.functional.cross_entropy(scores_phi.float() / self.temperature, q_psi)  # each branch predicts the other's q
+        loss_video = torch.nn.functional.cross_entropy(scores_psi.float() / self.temperature, q_phi)
         perplexity, spread = self.usage(unit_phi, scores_phi)
         stats = {"loss_video": loss_video.detach(), "loss_projection": loss_projection.detach(),
                  "agreement": (hard_phi == hard_psi).float().mean(), "perplexity": perplexity, "spread": spread}
@@ -474,7 +475,7 @@ class SIGMA(nn.Module):
             raise ValueError("a model trained with loss l2 has no prototypes to assign to")
         everything = torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
         x_phi = self.forward_target(video, patchify(video, self.patch), everything)
-        return (F.normalize(x_phi.float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T).argmax(dim=-1)
+        return (torch.nn.functional.normalize(x_phi.float(), dim=-1) @ torch.nn.functional.normalize(self.prototypes, dim=-1).T).argmax(dim=-1)
 
 
 def load_checkpoint(path):
@@ -487,7 +488,8 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain data ({str(error).splitlines()[0]})") from None
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path}: refused, it is no checkpoint of tensors and plain data{f' but wants to run {wanted[1]}' if wanted else ''}; nothing of it was run") from None
     except FileNotFoundError:
         raise
     except Exception as error:   # bytes that are no checkpoint end in any error

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -34,8 +35,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -93,13 +92,13 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, order, clips, crops and masks [0]")
     add("--save-minutes", type=float, default=10, help="checkpoint at least this often; also at the end of an epoch that took over 30 s [10]")
     add("--keep-every", type=int, default=100, help="keep a numbered checkpoint every so many epochs [100]")
-    add("--log-every", type=int, help="steps between lines of log.jsonl [so that a run has about 1000, at most 50]")
+    add("--log-every", type=int, help="steps between lines of log.jsonl [so that a run has 500 to 1000, at most 50]")
     add("--flip", action=argparse.BooleanOptionalAction, help="fine-tuning: mirror half of the clips [where --stride is not 0, but not the demo, whose classes have a left and right]")
     add("--test-clips", type=int, help="fine-tuning: clips of a test video, each with 3 crops [5, with --stride 0: 2]")
     args = parser.parse_args(argv)
 
     args.demo = args.data == "demo"
-    args.mode = next((name for name in ("probe", "finetune", "segment") if getattr(args, name)), "pretrain")
+    args.mode = next((name for name in ("probe", "finetune", "segment") if getattr(args, name) is not None), "pretrain")
     defaults, args.weights, args.step = dict(DEMO if args.demo else DISK), None, 0
     if args.mode != "pretrain" and args.finetune != "none":
         with mistakes():
@@ -120,8 +119,8 @@ def parse_args(argv=None):
     args.test_clips = args.test_clips if args.test_clips is not None else 5 if args.stride else 2
     args.out = Path(args.out or f"runs/{Path(args.data).stem or 'run'}{'' if args.mode == 'pretrain' else f'-{args.mode}'}")
     for name in ("prototypes", "frames", "image_size", "repeats", "epochs", "batch_size", "accumulate", "keep_every", "test_clips", "lr", "eps", "save_minutes"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be positive")
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be positive and finite")
     for name in ("steps", "log_every", "workers", "stride", "min_lr", "warmup_epochs"):
         least = 1 if name in ("steps", "log_every") else 0
         if getattr(args, name) is not None and not getattr(args, name) >= least:
@@ -158,11 +157,12 @@ def mistakes():
 
 
 def stop_with(message, code=2):
-    """Every rank ends; rank 0 says why. The others wait a moment, for torchrun ends all at the first that exits."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    """Ends this process with one line. Ranks above 0 wait first: torchrun ends all at the first exit, so that what goes
+    wrong on every rank is said once, and what goes wrong on one is said."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
         time.sleep(3)
-        raise SystemExit(code)
-    print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+    print(f"train.py: error{f' of rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -176,8 +176,9 @@ def start_processes(args):
     """Joins the process group torchrun describes (NCCL on GPUs, gloo on CPUs), picks device and precision."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        stop_with(f"{local + 1} processes but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if cuda and here > torch.cuda.device_count():
+        stop_with(f"{here} processes but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     host_group = None
     if cuda:
@@ -199,9 +200,9 @@ def start_processes(args):
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     name = torch.cuda.get_device_name(device) if cuda else ""
-    peak = next((peak for card, peak in PEAK_FLOPS.items() if card in name), 0) if precision != "fp32" else 0
+    peak = next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), 0) if precision != "fp32" else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers if args.workers is not None else min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if cuda else 1
+    workers = args.workers if args.workers is not None else min(16, max(1, cores // here)) if cuda else 1
     env = SimpleNamespace(rank=rank, world=world, local=local, device=device, host_group=host_group, precision=precision, peak=peak, workers=workers, stop=None, in_loop=False,
                           autocast=functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32))
 
@@ -259,9 +260,10 @@ class Log:
             for line in path.read_bytes().split(b"\n")[:-1]:     # what follows the last line end is torn
                 with contextlib.suppress(ValueError):
                     record = json.loads(line)
-                    if record.get("step", 0) <= step:
+                    if record.get("step", record.get("at_step", 0)) <= step:
                         self.records.append(record)
-            if not step:
+            if not step and path.stat().st_size:                 # a log without its checkpoint: kept, under another name
+                os.replace(path, path.with_name(f"log-{int(time.time())}.jsonl"))
                 self.records = []
             replace_file(path, lambda file: file.write(b"".join(json.dumps(r).encode() + b"\n" for r in self.records)))
 
@@ -286,7 +288,10 @@ def open_run(env, args, parts):
     """Makes --out, or resumes what lies in it: loads `parts` (name -> module, optimizer, …) -> checkpoint dict or None, log."""
     path = args.out / "checkpoint.pt"
     with mistakes():
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out {args.out} cannot be used ({error.strerror}): name another folder") from None
         checkpoint = load_checkpoint(path) if path.exists() else None
     if checkpoint:
         try:
@@ -294,12 +299,17 @@ def open_run(env, args, parts):
             changed = [f"{name} was {theirs.get(name)}, is {value}" for name, value in curve(args).items() if theirs.get(name) != value]
             if changed:
                 stop_with(f"{path} belongs to another run ({'; '.join(changed)}): use another --out, or the flags of then")
+            for group in checkpoint["optimizer"]["param_groups"]:    # a run may move between CPU and GPU
+                group["fused"] = parts["optimizer"].defaults["fused"]
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             stop_with(f"{path} does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]}): use another --out")
+    step = checkpoint["step"] if checkpoint else 0
+    if over_ranks(env, step) != -over_ranks(env, -step):
+        stop_with(f"the processes found different checkpoints in {args.out}: --out must be one folder that all machines see")
     with mistakes():
-        log = Log(env, args.out / "log.jsonl", checkpoint["step"] if checkpoint else 0)
+        log = Log(env, args.out / "log.jsonl", step)
     return checkpoint, log
 
 
@@ -363,13 +373,13 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
 
     trained = torch.compile(model) if args.compile else model
     if env.world > 1:   # no device_ids: DDP would move the mask to the GPU, and counting it there means waiting
-        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
+        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)
     model.train()
     sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
     stream = on_device(data.load(train_set, sampler, env.workers, pin_memory=env.device.type == "cuda"), env.device)
     bar = tqdm(total=last, initial=step, disable=env.rank > 0 or not sys.stderr.isatty(), desc="train", unit="step", smoothing=0.05)
-    pending, in_a_row, drawn, failed, lr = [], 0, 0, 0, 0.0
-    logged, clock, waited, printed, saved = step, time.monotonic(), 0.0, -math.inf, -math.inf
+    pending, in_a_row, drawn, failed, met = [], 0, 0, 0, {}
+    logged, clock, waited, printed, saved, retry = step, time.monotonic(), 0.0, -math.inf, -math.inf, -math.inf
 
     def save(name):
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
@@ -385,11 +395,12 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
         except (data.VideoError, RuntimeError) as error:
             trouble = error
         waited += time.monotonic() - asked
-        if 2 * len(unreadable) > len(train_set.videos) or drawn >= 100 and failed > drawn:
-            trouble = trouble or over_half(unreadable, args.data)
+        if 2 * len(met) > len(train_set.videos) or drawn >= 100 and failed > drawn:
+            trouble = trouble or over_half(met, args.data)
         stop = int(over_ranks(env, env.stop or (255 if trouble else 0)))
         if stop:
             written = env.rank == 0 and save("checkpoint.pt")
+            over_ranks(env, 0)                                                        # torchrun kills the rest at the first exit
             if trouble:
                 print(f"train.py: error: {trouble}", file=sys.stderr, flush=True)
             say(env, f"stopped after step {step}{f' by signal {stop}' if stop < 255 else ''}; {'the same command resumes there' if written else 'NOT saved'}")
@@ -418,10 +429,11 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             drawn += len(batch["index"])
             for path, reason in batch["bad"]:
                 failed += 1
+                met[path] = reason                                                    # since this start: files can be repaired
                 if path not in unreadable:
                     unreadable[path] = reason
                     tqdm.write(f"unreadable, another draw takes its place: {path}: {reason}")
-                    log.write(step=step, unreadable=path, reason=reason)
+                    log.write(at_step=step, unreadable=path, reason=reason)
         epoch_ends = step % steps_per_epoch == 0
         if step % log_every == 0 or step == last or epoch_ends:
             rows = (all_reduce(torch.stack(pending)) / env.world).tolist()            # here the GPU is waited for
@@ -435,14 +447,14 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
                           **dict(zip(stats, rows[-1][1:])), skipped=skipped, unreadable_videos=len(unreadable))
             if env.precision == "fp16":
                 record["loss_scale"] = scaler.get_scale()
-            if env.peak:
+            if env.peak and clip_flops:
                 record["mfu"] = round(speed / env.world * clip_flops / env.peak, 4)
             log.write(**record)
             if in_a_row >= GIVE_UP:
                 stop_with(f"the loss of the last {in_a_row} steps is not finite; the last good checkpoint is {args.out / 'checkpoint.pt'}. Try a lower --lr, or --precision bf16", code=1)
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, {speed:.1f} clips/s, {wait:.0%} waiting for data")
             if bar.disable and (time.monotonic() - printed > 10 or step == last):
-                mfu = f"  MFU {record['mfu']:.1%}" if env.peak else ""
+                mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
                 say(env, f"step {step}/{last}  loss {rows[-1][0]:.4f}  {speed:.1f} clips/s{mfu}  waiting for data {wait:.0%}  ETA {clock_time((last - step) * seconds / (step - logged))}")
                 printed = time.monotonic()
             logged, clock, waited = step, time.monotonic(), 0.0
@@ -450,15 +462,18 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             for path, reason in merge(env, unreadable).items():
                 if path not in unreadable:                                            # another rank met it
                     unreadable[path] = reason
-                    log.write(step=step, unreadable=path, reason=reason)
+                    log.write(at_step=step, unreadable=path, reason=reason)
             say(env, f"epoch {step / steps_per_epoch:.4g} of {args.epochs}: {len(unreadable)} of {len(train_set.videos)} videos unreadable so far")
         if env.rank == 0:
             keep = epoch_ends and step // steps_per_epoch % args.keep_every == 0
             # Where epochs are short, not at each: a checkpoint is three times the model and waits for the disk.
-            if step == last or keep or time.monotonic() - saved > (30 if epoch_ends else 60 * args.save_minutes):
+            now = time.monotonic()
+            if step == last or keep or now > retry and now - saved > (30 if epoch_ends else 60 * args.save_minutes):
                 if save("checkpoint.pt"):
                     saved = time.monotonic()
-                elif step == last:
+                else:
+                    retry = time.monotonic() + 60
+                if step == last and retry > now:
                     stop_with(f"training is done, but {args.out / 'checkpoint.pt'} could not be written: make room and run the same command again", code=1)
             if keep:
                 save(f"checkpoint-{step // steps_per_epoch:04d}.pt")
@@ -466,9 +481,10 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
                 at_epoch(log)
     bar.close()
     env.in_loop = False
-    if 2 * len(unreadable) > len(train_set.videos):
-        stop_with(over_half(unreadable, args.data), code=1)
-    if step not in evaluated:
+    met = merge(env, met)
+    if 2 * len(met) > len(train_set.videos):
+        stop_with(over_half(met, args.data), code=1)
+    if not over_ranks(env, float(step in evaluated)):                                  # rank 0 alone has the log
         evaluate(log, step)
 
 
@@ -525,7 +541,7 @@ def pretrain(env, args):
         patches = model.grid[1] * model.grid[2]
         mask = functools.partial(tube_mask, frames=model.grid[0], patches=patches, ratio=args.mask_ratio)
         train_set = data.Clips(train_videos, args.frames, args.stride, args.image_size, args.seed, True, args.repeats, mask=functools.partial(mask, args.repeats))
-        shown = data.Clips(val_videos or train_videos, args.frames, args.stride, args.image_size, args.seed, False, mask=functools.partial(mask, 1))
+        preview_set = data.Clips(val_videos or train_videos, args.frames, args.stride, args.image_size, args.seed, False, mask=functools.partial(mask, 1))
     model.to(env.device)
     masked = int(args.mask_ratio * patches) * model.grid[0] * args.batch_size * env.world
     say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M parameters, {len(train_videos)} videos, "
@@ -539,17 +555,27 @@ def pretrain(env, args):
 
     def evaluate(log, step):
         if val_videos is not None:
-            top1 = knn(*features(env, args, model, train_videos, limit=20_000), *features(env, args, model, val_videos)) \
-                if train_videos.labels.min() >= 0 else knn(*features(env, args, model, val_videos))
+            queries = features(env, args, model, val_videos)
+            bank = features(env, args, model, train_videos, limit=20_000) if train_videos.labels.min() >= 0 else queries
+            if not len(queries[0]) or not len(bank[0]):
+                stop_with(f"none of the videos of {args.val or args.data} can be read", code=1)
+            top1 = knn(*bank) if bank is queries else knn(*bank, *queries)
             log.write(eval="knn", step=step, top1=round(top1, 2))
             say(env, f"k-NN top-1 at step {step}: {top1:.1f}%")
         if env.rank == 0 and step:
             pictures(log)
 
+    @functools.cache
+    def shown():                                                 # read once, and in a worker, as any video may crash its decoder
+        chosen = torch.linspace(0, len(preview_set.videos) - 1, min(3, len(preview_set.videos))).long().unique().tolist()
+        return next(data.load(preview_set, data.OnceSampler(chosen, 3), min(1, env.workers)))
+
     def pictures(log):
-        with contextlib.suppress(OSError):                       # a picture is worth no stop
-            preview(env, model, shown, args.out / "preview.png")
+        try:
+            preview(env, model, shown(), args.out / "preview.png")
             plot(log.records, ("loss", "agreement", "perplexity", "spread"), args.out / "curve.png")
+        except Exception as error:                               # a picture is worth no stop
+            tqdm.write(f"warning: no preview.png or curve.png ({type(error).__name__}: {error})")
 
     fit(env, args, model, parameter_groups(model), (0.9, 0.95), train_set, objective, evaluate, pictures, args.clip_flops)
 
@@ -571,7 +597,7 @@ def open_data(env, args):
     """--data and --val -> the videos of both; None for a missing --val. Rank 0 writes the demo's."""
     if args.demo:
         root = args.out / "videos"
-        if args.mode != "pretrain" and (Path(getattr(args, args.mode)).parent / "videos" / "val").is_dir():
+        if args.mode != "pretrain" and args.finetune != "none" and (Path(getattr(args, args.mode)).parent / "videos" / "val").is_dir():
             root = Path(getattr(args, args.mode)).parent / "videos"                  # the demo's videos that the checkpoint saw
         if env.rank == 0:
             data.write_demo(root)
@@ -632,17 +658,15 @@ def knn(bank, bank_labels, queries=None, labels=None, k=20, temperature=0.07):
 
 
 @torch.no_grad()
-def preview(env, model, clips, path, rows=3, columns=8):
-    """preview.png: for a few clips the frames, what the encoder sees of them, and every tube in the colour of its prototype.
+def preview(env, model, batch, path, columns=8):
+    """preview.png: for the clips of a batch the frames, what the encoder sees of them, and every tube in the colour of its prototype.
 
     A model without prototypes shows its encoder's tokens instead, their three principal components as a colour.
     """
-    items = [clips[0, index] for index in torch.linspace(0, len(clips.videos) - 1, min(rows, len(clips.videos))).long().tolist()]
-    items = [item for item in items if not item["bad"]]
-    if not items:
+    read = batch["index"] >= 0
+    if not read.any():
         return
-    batch = data.collate(items)
-    video = data.normalize(batch["video"].to(env.device))
+    video = data.normalize(batch["video"][read].to(env.device))
     model.eval()
     with env.autocast():
         tokens = None if model.loss == "sigma" else model.features(video).float()
@@ -658,13 +682,12 @@ def preview(env, model, clips, path, rows=3, columns=8):
     T, H, W = model.grid
     times = torch.linspace(0, T - 1, min(columns, T)).long().tolist()
     groups = []
-    for clip, mask, colour in zip(batch["video"], batch["mask"].view(-1, T, 1, H, W).float(), colours.view(-1, T, H, W, 3).float().cpu()):
+    for clip, mask, colour in zip(batch["video"][read], batch["mask"][read].view(-1, T, 1, H, W).float(), colours.view(-1, T, H, W, 3).float().cpu()):
         frames = [clip[:, TUBELET * t].float() / 255 for t in times]
         hidden = [F.interpolate(mask[t][None], size=clip.shape[-2:], mode="nearest")[0] for t in times]
         groups.append([("video", frames), ("what the\nencoder sees", [frame * (1 - h) + 0.85 * h for frame, h in zip(frames, hidden)]),
                        ("cluster of\nevery tube" if chosen is not None else "encoder\ntokens, PCA", [tint(frame, colour[t]) for frame, t in zip(frames, times)])])
-    with contextlib.suppress(OSError):                                                           # a picture is worth no stop
-        sheet(path, groups)
+    sheet(path, groups)
 
 
 def hues(number):
@@ -852,12 +875,15 @@ def augmentation(flip):
     As timm's "rand-m7-n4": each of the four is applied half of the time, and magnitude 7 is of 10. Without its noise on
     the magnitude; erased is to ImageNet's mean, not to noise, as the clip is still uint8.
     """
+    from torchvision.transforms import v2                        # here, for it takes two seconds that only fine-tuning needs
     mean = [round(255 * m) for m in IMAGENET_MEAN]
     one = v2.RandomApply([v2.RandAugment(1, 7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)], p=0.5)
     return v2.Compose([one] * 4 + [v2.RandomHorizontalFlip(0.5 if flip else 0.0), v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean)])
 
 
 def finetune(env, args):
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
     with mistakes():
         train, val = labelled(env, args)
         classes = max(int(train.labels.max()) + 1, len(train.classes or ()))
@@ -1149,11 +1175,17 @@ def prototype_sheet(env, args, model, items, rows=8, columns=8, context=5):
 # ============ main ============
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")        # names of files can hold what a terminal cannot show
     args = parse_args(argv)
     args.clip_flops = clip_flops(args) if args.mode == "pretrain" else 0   # before there are ranks: what has no storage cannot be reduced
     env = start_processes(args)
     args.global_batch = args.batch_size * env.world
-    {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment}[args.mode](env, args)
+    try:
+        {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment}[args.mode](env, args)
+    except (data.VideoError, data.WorkerError) as error:
+        stop_with(error, code=1)
     if env.world > 1:
         dist.destroy_process_group()
 
