@@ -545,7 +545,7 @@ def pretrain(env, args):
     model.to(env.device)
     masked = int(args.mask_ratio * patches) * model.grid[0] * args.batch_size * env.world
     say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f}M parameters, {len(train_videos)} videos, "
-             f"{env.world} x {args.batch_size} clips a step, {env.precision} on {env.device.type}, {env.workers} workers, results in {args.out}")
+             f"{env.world} x {args.batch_size} clips a step, {args.clip_flops / 1e9:.1f} GFLOP a clip, {env.precision} on {env.device.type}, {env.workers} workers, results in {args.out}")
     if args.loss == "sigma" and args.prototypes > masked:
         say(env, f"warning: {args.prototypes} prototypes but only {masked} masked tubes in a batch: they cannot all be used; lower --prototypes or raise --batch-size")
 
