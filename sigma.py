@@ -122,7 +122,7 @@ class Attention(torch.nn.Module):
         bias = self.qkv.bias
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = torch.nn.functional.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))   # [B, N, 3, heads, width/heads]
+        qkv = torch.nn.functional.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, width/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # 3 x [B, heads, N, width/heads]
         x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -184,7 +184,7 @@ class Encoder(torch.nn.Module):
     def forward(self, tubes, index):
         proj = self.patch_embed["proj"]
         weight = proj.weight.permute(0, 2, 3, 4, 1).flatten(1)            # [D, P], in the order of patchify
-        x = torch.nn.functional.linear(tubes, weight, proj.bias) + self.positions[index]    # [B, n, D]
+        x = torch.nn.functional.linear(tubes, weight, proj.bias) + self.positions[index]  # [B, n, D]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -428,15 +428,15 @@ class SIGMA(torch.nn.Module):
 
     def forward_loss(self, x_psi, x_phi):
         """x^Ψ, x^φ [B*M, F] -> L = 1/N Σ CE(x̃^φ/τ, q^Ψ) + CE(x̃^Ψ/τ, q^φ), or 1/N Σ ‖x^φ − x^Ψ‖² for "l2"; statistics."""
-        unit_phi = torch.nn.functional.normalize(x_phi.float(), dim=-1)                                    # float: squares overflow in fp16
+        unit_phi = torch.nn.functional.normalize(x_phi.float(), dim=-1)  # float: squares overflow in fp16
         if self.loss == "l2":
             stats = {} if self.target == "pixel" else {"spread": self.usage(unit_phi)[1]}
-            return torch.nn.functional.mse_loss(x_psi.float(), x_phi.float()), stats                       # mean over F too: a constant factor
+            return torch.nn.functional.mse_loss(x_psi.float(), x_phi.float()), stats  # mean over F too: a constant factor
 
         with torch.no_grad():   # c on the unit sphere, in place as the release: no gradient goes through the normalisation
             self.prototypes.data.copy_(torch.nn.functional.normalize(self.prototypes, dim=-1))
         scores_phi = unit_phi @ self.prototypes.T                                        # x̃^φ [B*M, K]
-        scores_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1) @ self.prototypes.detach().T     # x̃^Ψ: C learns from φ's term only
+        scores_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1) @ self.prototypes.detach().T  # x̃^Ψ: C learns from φ's term only
         if self.assignment == "hard":
             hard_phi, hard_psi = q_phi, q_psi = [sinkhorn_argmax(s.detach(), self.eps, self.iterations) for s in (scores_phi, scores_psi)]
         else:

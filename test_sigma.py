@@ -1,5 +1,7 @@
 """Tests against independent truths: closed forms, float64, a second process, a number painted into a frame. No network, no GPU."""
 import argparse
+import ast
+import builtins
 import functools
 import itertools
 import json
@@ -426,6 +428,23 @@ def test_everything_in_sigma_can_be_copied_out():
     """The file runs with torch and the standard library alone."""
     code = "import sys; sys.modules.update(dict.fromkeys(('av', 'torchvision', 'tqdm', 'data', 'train'))); import sigma; sigma.SIGMA('tiny', frames=4, image_size=32)"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
+def test_every_piece_of_sigma_stands_under_import_torch():
+    """What each top-level function or class uses: torch, builtins, other pieces, and the constants the docstring names."""
+    tree = ast.parse((HERE / "sigma.py").read_text())
+    pieces = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    allowed = {"torch", "TUBELET", "IMAGENET_MEAN", "IMAGENET_STD", "SIZES", "TEACHERS", *pieces, *dir(builtins)}
+    more = {"SIGMA": {"math", "warnings"}, "load_checkpoint": {"argparse", "pickle", "re"}}
+    for name, piece in pieces.items():
+        names = [node for node in ast.walk(piece) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {node.arg for node in ast.walk(piece) if isinstance(node, ast.arg)}
+        own |= {node.name for node in ast.walk(piece) if isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) and node.name}
+        assert {node.id for node in names} <= allowed | own | more.get(name, set()), name
+    copied = {"torch": torch}
+    for name in ("tube_mask", "all_reduce", "sinkhorn_scaling", "sinkhorn", "sinkhorn_argmax", "take_tubes", "split_mask", "sincos_table", "Attention", "Block"):
+        exec(compile(ast.Module([pieces[name]], []), name, "exec"), copied)
+    assert torch.equal(copied["sinkhorn"](unit_scores(30, 5)), sinkhorn(unit_scores(30, 5))) and copied["Block"](8, 2)(torch.randn(1, 3, 8)).shape == (1, 3, 8)
 
 
 # ============ sigma.py: checkpoints ============

@@ -401,7 +401,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
         if stop:
             written = env.rank == 0 and save("checkpoint.pt")
             over_ranks(env, 0)                                                        # torchrun kills the rest at the first exit
-            if trouble:
+            if trouble and stop == 255:                                               # a signal to all also ends the loader's workers
                 print(f"train.py: error: {trouble}", file=sys.stderr, flush=True)
             say(env, f"stopped after step {step}{f' by signal {stop}' if stop < 255 else ''}; {'the same command resumes there' if written else 'NOT saved'}")
             raise SystemExit(1 if stop == 255 else 128 + stop)
