@@ -271,10 +271,10 @@ def sinkhorn_scaling(scores, eps=0.05, iterations=10):
     kernel.sub_(row_max[:, None]).exp_()
     u, v = row_max.exp(), (column_max - column_max.max()).exp()
     with torch.autocast("cuda" if kernel.is_cuda else "cpu", enabled=False):     # in half precision u and v would overflow
-        for _ in range(iterations):                                              # prototypes first, tubes second
+        for i in range(iterations):                                              # prototypes first, tubes second
+            u = (kernel @ v).reciprocal_() if i else u                           # rows sum to 1; the last time is the caller's
             v = all_reduce(kernel.T @ u).reciprocal_()                           # columns even over the tubes of all ranks
             v = v.div_(v.amax()).clamp_(min=1e-30)                               # a common factor is free: u takes it up
-            u = (kernel @ v).reciprocal_()                                       # rows sum to 1
     return kernel, v
 
 
@@ -399,10 +399,13 @@ class SIGMA(torch.nn.Module):
 
     def forward_video(self, tubes, visible, masked):
         """Ψ: visible tubes [B, n, P] -> x^Ψ, predicted features of the masked ones [B, M, F]."""
-        x = self.encoder_to_decoder(self.encoder(tubes, visible))                        # [B, n, d]
+        return self.forward_decoder(self.encoder(tubes, visible), visible, masked)
+
+    def forward_decoder(self, x, visible, masked):
+        """The encoder's tokens of the visible tubes [B, n, D] -> x^Ψ [B, M, F]."""
+        x = self.encoder_to_decoder(x) + self.decoder.positions[visible]                 # [B, n, d]
         hidden = self.mask_token + self.decoder.positions[masked]                        # [B, M, d]
-        x = torch.cat([x + self.decoder.positions[visible], hidden], dim=1)              # [B, N, d], visible ones first
-        return self.decoder(x, masked.shape[1])
+        return self.decoder(torch.cat([x, hidden], dim=1), masked.shape[1])              # [B, N, d], visible ones first
 
     def forward_target(self, video, tubes, masked):
         """φ: x^φ [B, M, F] of the masked tubes ("inverse masking"), from their pixels [B, M, P] or DINO's view of the frames."""
@@ -435,15 +438,15 @@ class SIGMA(torch.nn.Module):
 
         with torch.no_grad():   # c on the unit sphere, in place as the release: no gradient goes through the normalisation
             self.prototypes.data.copy_(torch.nn.functional.normalize(self.prototypes, dim=-1))
-        scores_phi = unit_phi @ self.prototypes.T                                        # x̃^φ [B*M, K]
-        scores_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1) @ self.prototypes.detach().T  # x̃^Ψ: C learns from φ's term only
-        if self.assignment == "hard":
-            hard_phi, hard_psi = q_phi, q_psi = [sinkhorn_argmax(s.detach(), self.eps, self.iterations) for s in (scores_phi, scores_psi)]
-        else:
-            q_phi, q_psi = [sinkhorn(s.detach(), self.eps, self.iterations) for s in (scores_phi, scores_psi)]
-            hard_phi, hard_psi = q_phi.argmax(dim=1), q_psi.argmax(dim=1)
-        loss_projection = torch.nn.functional.cross_entropy(scores_phi.float() / self.temperature, q_psi)  # each branch predicts the other's q
-        loss_video = torch.nn.functional.cross_entropy(scores_psi.float() / self.temperature, q_phi)
+        # x̃/τ, divided while it is F numbers a tube and not K: at K = 3000 the division would cost 4% of a CPU's step.
+        unit_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1)
+        scores_phi = (unit_phi / self.temperature @ self.prototypes.T).float()           # x̃^φ/τ [B*M, K]
+        scores_psi = (unit_psi / self.temperature @ self.prototypes.detach().T).float()  # x̃^Ψ/τ: C learns from φ's term only
+        assign = sinkhorn_argmax if self.assignment == "hard" else sinkhorn
+        q_phi, q_psi = [assign(scores.detach(), self.eps / self.temperature, self.iterations) for scores in (scores_phi, scores_psi)]
+        hard_phi, hard_psi = (q_phi, q_psi) if self.assignment == "hard" else (q_phi.argmax(dim=1), q_psi.argmax(dim=1))
+        loss_projection = torch.nn.functional.cross_entropy(scores_phi, q_psi)           # each branch predicts the other's q
+        loss_video = torch.nn.functional.cross_entropy(scores_psi, q_phi)
         perplexity, spread = self.usage(unit_phi, scores_phi)
         stats = {"loss_video": loss_video.detach(), "loss_projection": loss_projection.detach(),
                  "agreement": (hard_phi == hard_psi).float().mean(), "perplexity": perplexity, "spread": spread}
