@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 import sigma
@@ -445,6 +446,146 @@ def test_every_piece_of_sigma_stands_under_import_torch():
     for name in ("tube_mask", "all_reduce", "sinkhorn_scaling", "sinkhorn", "sinkhorn_argmax", "take_tubes", "split_mask", "sincos_table", "Attention", "Block"):
         exec(compile(ast.Module([pieces[name]], []), name, "exec"), copied)
     assert torch.equal(copied["sinkhorn"](unit_scores(30, 5)), sinkhorn(unit_scores(30, 5))) and copied["Block"](8, 2)(torch.randn(1, 3, 8)).shape == (1, 3, 8)
+
+
+# ============ the release's way of computing: the same numbers, slower ============
+
+def release_sinkhorn(scores, eps=0.05, iterations=10):
+    """The matrix scaled in place, from one exponential of all scores."""
+    q = (scores / eps).exp().t()
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(dim=1, keepdim=True)
+        q /= q.shape[0]
+        q /= q.sum(dim=0, keepdim=True)
+        q /= q.shape[1]
+    return (q * q.shape[1]).t()
+
+
+def naive_attention(q, k, v):
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def release_forward(model, video, mask):
+    """The loss by naive attention, boolean indexing, an embedding of the whole clip, Sinkhorn in place, and DINO in fp32 outside of autocast."""
+    def take(x, which):
+        return x[which].reshape(len(x), -1, x.shape[-1])
+
+    mask = mask.to(video.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", naive_attention)
+        x = model.encoder.patch_embed["proj"](video).flatten(2).transpose(1, 2) + model.encoder.positions
+        x = take(x, ~mask)
+        for block in model.encoder.blocks:
+            x = block(x)
+        x = model.encoder_to_decoder(model.encoder.norm(x))
+        positions = model.decoder.positions.expand(len(x), -1, -1)
+        x = torch.cat([x + take(positions, ~mask), model.mask_token + take(positions, mask)], dim=1)
+        x_psi = model.decoder(x, int(mask[0].sum()))
+        if model.target == "dino":
+            with torch.autocast(video.device.type, enabled=False):
+                x_phi = take(model.teacher_features(video), mask)
+        else:
+            x_phi = take(sigma.normalize_tubes(sigma.patchify(video, model.patch)), mask)
+            x_phi = model.head(x_phi) if model.target == "mlp" else x_phi
+    if model.loss == "l2":
+        return F.mse_loss(x_psi, x_phi)
+    with torch.no_grad():
+        model.prototypes.copy_(F.normalize(model.prototypes, dim=1))
+    scores = [F.normalize(x.flatten(0, 1), dim=1) @ c.T for x, c in ((x_phi, model.prototypes), (x_psi, model.prototypes.detach()))]
+    with torch.no_grad():
+        assigned = [release_sinkhorn(s.float(), model.eps, model.iterations).argmax(dim=1) for s in scores]
+    return sum(F.cross_entropy(s / model.temperature, q) for s, q in zip(scores, reversed(assigned)))
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(target="pixel", loss="l2"), dict(target="dino", teacher="vits16")])
+def test_the_releases_way_of_computing_gives_the_same_loss_and_gradients(kwargs):
+    model = tiny(**kwargs)
+    if "teacher" in kwargs:
+        model.teacher.load_state_dict(fill(model.teacher.state_dict()))
+    results = []
+    for forward in (lambda *inputs: model(*inputs)[0], functools.partial(release_forward, model)):
+        model.zero_grad()
+        loss = forward(*clip())
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad)])
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(assignment="soft"), dict(loss="l2"), dict(target="pixel", loss="l2"), dict(target="dino", teacher="vits16")])
+def test_no_shape_and_no_step_depends_on_values(kwargs):
+    """Tensors without storage go through a whole step: whatever asks for a value (.item(), boolean indexing, a branch) raises on them."""
+    with torch.device("meta"):
+        model, video = tiny(**kwargs), torch.zeros(4, 3, 4, 32, 32)
+        model.teacher_checked = True
+        loss, _ = model(video, clip()[1].cpu())
+        loss.backward()
+    assert model.decoder.head.weight.grad.is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_the_gpu_never_waits_for_it():
+    model, scaler = tiny().cuda(), torch.amp.GradScaler("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    video, mask = clip()
+    video = video.cuda()
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")                      # the first step sets libraries up
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, _ = model(video, mask)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def time_steps(way, precision, batch, size, target, steps=4):
+    """Prints the median seconds a clip of so many training steps, the release's way or ours. In a process of its own, as train.py changes malloc."""
+    torch.set_num_threads(os.cpu_count())
+    args = train.parse_args(["--bench", "--size", size, "--target", target, "--batch-size", batch, "--precision", precision])
+    cuda = torch.cuda.is_available()
+    env = train.start_processes(args) if way == "ours" or cuda else SimpleNamespace(
+        device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"))
+    torch.manual_seed(0)
+    model = train.make_model(args).to(env.device)
+    model.teacher_checked = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda or None)
+    video, mask, seconds = torch.randn(args.batch_size, 3, 16, 224, 224, device=env.device), tube_mask(args.batch_size, 8, 196), []
+    for _ in range(steps + 2):
+        began = time.monotonic()
+        with env.autocast():
+            loss = model(video, mask)[0] if way == "ours" else release_forward(model, video, mask)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append((time.monotonic() - began) / args.batch_size)
+    print(sorted(seconds[2:])[steps // 2])
+
+
+def compare_speed(size="small", target="mlp", batch="8", rounds="3"):
+    """Prints steps and Sinkhorn of the release's way and ours, taking turns."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count())
+    scores, times = unit_scores(11_264, 3_000, width=256).to(device), {release_sinkhorn: [], sinkhorn_argmax: []}
+    for _ in range(1 + 5):
+        assigned = []
+        for solve, seconds in times.items():
+            began = time.monotonic()
+            q = solve(scores)
+            assigned.append((q if q.ndim == 1 else q.argmax(dim=1)).cpu())
+            seconds.append(time.monotonic() - began)
+    release, ours = (sorted(seconds[1:])[2] for seconds in times.values())
+    print(f"Sinkhorn with hard assignment, 11264 x 3000: the release's way {1000 * release:.0f} ms, ours {1000 * ours:.0f} ms, {release / ours:.2f} times as fast; {100 * (assigned[0] == assigned[1]).float().mean():.3f}% of the assignments equal", flush=True)
+    times = {(way, precision): [] for precision in ("fp32", "bf16") for way in ("release", "ours")}
+    for _ in range(int(rounds)):
+        for (way, precision), seconds in times.items():
+            seconds.append(float(subprocess.check_output([sys.executable, __file__, "step", way, precision, batch, size, target], text=True)))
+    for (way, precision), seconds in times.items():
+        middle, baseline = sorted(seconds)[len(seconds) // 2], sorted(times["release", "fp32"])[len(seconds) // 2]
+        print(f"a step of {size} with {target}, batch {batch}, {precision}, {way:8s} {1000 * middle:8.2f} ms a clip, {baseline / middle:.2f} times the release's fp32 (rounds: {', '.join(f'{1000 * s:.2f}' for s in seconds)})")
 
 
 # ============ sigma.py: checkpoints ============
@@ -1637,6 +1778,19 @@ def test_a_rank_that_dies_brings_the_others_down(two_classes, tmp_path):
     assert process.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.parametrize("flags", [[], ["--target", "dino", "--teacher", "vits16"], ["--target", "pixel"], ["--assignment", "soft"]])
+def test_bench_times_a_step_and_its_parts(tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--bench", *RUN, "--steps", "1", *flags])
+    first, speed, *parts = capsys.readouterr().out.strip().splitlines()
+    rate, milliseconds = (float(re.search(pattern, speed)[1]) for pattern in (r"([\d.e+]+) clips/s", r"([\d.]+) ms a step"))
+    assert "1 x 4 clips of 4 frames" in first and rate * milliseconds / 1000 == pytest.approx(4, rel=0.01)
+    phi = "φ, the DINO teacher" if "dino" in flags else "pixel target" if "pixel" in flags else "φ, an MLP"
+    names = ["copy, normalise, cut into tubes", "encoder", "decoder", phi, "loss", *([] if "pixel" in flags else ["Sinkhorn, twice, part of the loss"]), "optimizer"]
+    assert [line.split("  ")[-1].strip() for line in parts] == names and all(float(line.split()[0]) > 0 for line in parts)
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_prototypes_than_tubes_warns(two_classes, tmp_path, capsys):
     train_here(two_classes, tmp_path / "run", "--prototypes", "1000", "--steps", "1")
     assert "1000 prototypes but only 96 masked tubes" in capsys.readouterr().out
@@ -1926,12 +2080,14 @@ def test_softmax_is_averaged_not_logits():
     assert train.multi_view(ENV, SimpleNamespace(batch_size=1), Fixed(), clips)[0] == 100
 
 
-def test_unreadable_test_video_is_left_out(world, tmp_path):
+def test_unreadable_test_video_is_left_out_and_named(world, tmp_path, capfd):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     (tmp_path / "a/0.mp4").write_bytes((world / "videos/blue/0.mp4").read_bytes())
     (tmp_path / "b/0.mp4").write_bytes(b"no video")
     clips = data.Clips(data.find_videos(tmp_path), 2, 1, 32, 0, False, views=(1, 3))
     assert train.multi_view(ENV, SimpleNamespace(batch_size=6), Reader(), clips)[2] == 1
+    out = capfd.readouterr().out
+    assert out.count("b/0.mp4") == 1 and "1 of 2 test videos" in out
 
 
 def test_layer_decay_groups():
@@ -2248,5 +2404,82 @@ def test_damaged_files_never_crash_hang_or_raise_anything_else(tmp_path):
     assert tried > 10 and 0 < readable < tried
 
 
+# ============ the README's evidence: what the paper's choices do on the demo ============
+
+EVIDENCE = {   # flags of train.py, over the demo's defaults
+    "untrained": "--steps 1",                                                               # the warm-up's first step has a learning rate of 0
+    "pixels, L2 (VideoMAE)": "--target pixel", "MLP features, L2": "--loss l2", "SIGMA-MLP, hard": "",
+    "soft assignment": "--assignment soft", "soft, ε 0.01": "--assignment soft --eps 0.01", "ε 0.02": "--eps 0.02", "ε 0.1": "--eps 0.1",
+    "16 prototypes": "--prototypes 16", "256 prototypes": "--prototypes 256", "1024 prototypes": "--prototypes 1024", "mask ratio 0.5": "--mask-ratio 0.5", "mask ratio 0.9": "--mask-ratio 0.9"}
+
+
+def evidence(folder="runs/evidence", seeds="3", at_once="1", code=HERE):
+    """Pretrains, probes and segments every row of EVIDENCE with so many seeds, `at_once` runs side by side on one thread each; what is done stays done.
+
+    Prints a table of means and standard deviations over the seeds, and draws folder/evidence.png.
+    """
+    folder, seeds = Path(folder).absolute(), range(int(seeds))
+    data.write_demo(folder / "videos")
+
+    def run(job):
+        seed, name = job
+        out = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}"
+        out.mkdir(exist_ok=True)
+        if not (out / "videos").exists():
+            (out / "videos").symlink_to(folder / "videos")
+        began = time.monotonic()
+        for flags in (f"--out {out} --seed {seed} {EVIDENCE[name]}", f"--probe {out}/checkpoint.pt --out {out}/probe", f"--segment {out}/checkpoint.pt --out {out}/segment"):
+            done = out / {"--o": "pretrain.done", "--p": "probe.done", "--s": "segment.done"}[flags[:3]]
+            if not done.exists():
+                with open(out / "output.txt", "a") as output:
+                    subprocess.run([sys.executable, Path(code) / "train.py", *flags.split()], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, check=True)
+                done.write_text(str((time.monotonic() - began) / 60))
+        log, probe, segment = read_log(out), read_log(out / "probe"), read_log(out / "segment")
+        last = [record for record in log if "loss" in record][-1]
+        return name, [probe[0]["top1"], probe[1]["top1"], segment[0]["miou_overclustering"], last.get("perplexity"), last.get("spread"), float((out / "pretrain.done").read_text())]
+
+    rows = {name: [] for name in EVIDENCE}
+    with ThreadPoolExecutor(int(at_once)) as pool:
+        for name, values in pool.map(run, itertools.product(seeds, EVIDENCE)):
+            rows[name].append(values)
+    print("| | k-NN | linear | over-clustering mIoU | perplexity | spread | minutes |\n|---|---|---|---|---|---|---|")
+    for name, values in rows.items():
+        cells = []
+        for column, digits in zip(zip(*values), (1, 1, 1, 1, 3, 1)):
+            cells.append("–" if None in column else f"{np.mean(column):.{digits}f} ± {np.std(column, ddof=1):.{digits}f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    draw_evidence(rows, folder / "evidence.png")
+
+
+def draw_evidence(rows, path, left=210, width=300, line=26):
+    """Every seed a dot, the mean a bar, a line for each row: k-NN, linear and mIoU."""
+    titles = ("k-NN top-1 (%)", "linear top-1 (%)", "over-clustering mIoU (%)")
+    page = Image.new("RGB", (left + len(titles) * (width + 30), 60 + line * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for panel, title in enumerate(titles):
+        values = [seed[panel] for row in rows.values() for seed in row]
+        low, high = math.floor(min(values) / 10) * 10, math.ceil(max(values) / 10) * 10
+        start = left + panel * (width + 30)
+        place = lambda value: start + (value - low) / (high - low) * width
+        draw.text((start, 6), title, fill="black", font_size=14)
+        for tick in range(low, high + 1, 10):
+            draw.line((place(tick), 30, place(tick), 34 + line * len(rows)), fill="#e4e4e4")
+            draw.text((place(tick), 38 + line * len(rows)), str(tick), fill="#555555", font_size=12, anchor="ma")
+        for number, (name, row) in enumerate(rows.items()):
+            y = 34 + line * number + line // 2
+            colour = "#c23b22" if name.startswith("SIGMA") else "#33558b"
+            if panel == 0:
+                draw.text((left - 10, y), name, fill="black", font_size=14, anchor="rm")
+            mean = place(np.mean([seed[panel] for seed in row]))
+            draw.line((mean, y - 9, mean, y + 9), fill=colour, width=3)
+            for seed in row:
+                draw.ellipse((place(seed[panel]) - 4, y - 4, place(seed[panel]) + 4, y + 4), outline=colour)
+    page.save(path)
+
+
 if __name__ == "__main__":
-    print("%d damaged files, %d of them readable; no crash, no hang, no traceback" % fuzz(Path(tempfile.mkdtemp()), *map(int, sys.argv[1:])))
+    commands = {"step": time_steps, "speed": compare_speed, "evidence": evidence}
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        commands[sys.argv[1]](*sys.argv[2:])
+    else:
+        print("%d damaged files, %d of them readable; no crash, no hang, no traceback" % fuzz(Path(tempfile.mkdtemp()), *map(int, sys.argv[1:])))

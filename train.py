@@ -5,10 +5,11 @@
     torchrun --nproc_per_node 8 train.py --data train.csv --size base --target dino --out runs/k400
     torchrun train.py --probe runs/demo/checkpoint.pt            # k-NN and linear probe; so with --finetune and --segment
     torchrun train.py --finetune authors.pth --data train.csv --val val.csv
+    torchrun train.py --bench --size base                        # what a step costs on this machine, and its parts
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data train.csv ...
 
 Started again with the same --out a run resumes, and its loss curve is the one it would have had uninterrupted.
-The file reads in this order: flags, processes, files that survive, the training loop, pretraining, evaluation, main.
+The file reads in this order: flags, processes, files that survive, the training loop, pretraining, evaluation, bench, main.
 """
 import argparse
 import contextlib
@@ -39,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Encoder, all_reduce, load_checkpoint, patchify, tube_mask
+from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Encoder, all_reduce, load_checkpoint, patchify, sinkhorn, sinkhorn_argmax, split_mask, take_tubes, tube_mask
 
 # ============ flags ============
 
@@ -65,6 +66,7 @@ def parse_args(argv=None):
     mode.add_argument("--probe", metavar="CHECKPOINT", help="instead of pretraining: k-NN and a linear probe of its frozen features, from --data (labelled) to --val")
     mode.add_argument("--finetune", metavar="CHECKPOINT", help="instead: train all of it with the labels of --data, from this (ours, the authors', VideoMAE's) or `none`; test on --val")
     mode.add_argument("--segment", metavar="CHECKPOINT", help="instead: cluster the tubes of every clip of --data; mIoU where there are masks (DAVIS's folders, or VIDEOS beside VIDEOS-masks)")
+    mode.add_argument("--bench", action="store_const", const=True, help="instead: time pretraining steps of these flags on random clips, and their parts; writes nothing [--steps 5; defaults as for videos on disk]")
     add("--out", help="folder for log.jsonl, checkpoint.pt, preview.png; a run found there is resumed [runs/<name of the data>, and -probe, -finetune, -segment]")
     add("--size", choices=list(SIZES), help=f"model {show('size')}")
     add("--target", choices=["mlp", "dino", "pixel"], default="mlp", help="what φ is: a trained MLP, frozen DINO, or plain pixels (VideoMAE) [mlp]")
@@ -97,10 +99,10 @@ def parse_args(argv=None):
     add("--test-clips", type=int, help="fine-tuning: clips of a test video, each with 3 crops [5, with --stride 0: 2]")
     args = parser.parse_args(argv)
 
-    args.demo = args.data == "demo"
-    args.mode = next((name for name in ("probe", "finetune", "segment") if getattr(args, name) is not None), "pretrain")
+    args.mode = next((name for name in ("probe", "finetune", "segment", "bench") if getattr(args, name) is not None), "pretrain")
+    args.demo = args.data == "demo" and args.mode != "bench"
     defaults, args.weights, args.step = dict(DEMO if args.demo else DISK), None, 0
-    if args.mode != "pretrain" and args.finetune != "none":
+    if args.mode not in ("pretrain", "bench") and args.finetune != "none":
         with mistakes():
             args.weights, facts = read_weights(getattr(args, args.mode))
         if args.size not in (None, facts["size"]):
@@ -125,7 +127,7 @@ def parse_args(argv=None):
         least = 1 if name in ("steps", "log_every") else 0
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
-    if args.stride == 0 and args.mode == "pretrain":
+    if args.stride == 0 and args.mode in ("pretrain", "bench"):
         parser.error("--stride 0 is for --finetune: clips of pretraining are consecutive")
     if args.batch_size % args.repeats:
         parser.error(f"--repeats {args.repeats} must divide --batch-size {args.batch_size}: so many clips come from one video")
@@ -198,6 +200,9 @@ def start_processes(args):
         else:
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
+    if not cuda and precision == "bf16":   # PyTorch's fused attention for CPUs computes mostly in fp32; plain bf16 products save a tenth of ViT-S' step
+        torch.backends.cuda.enable_flash_sdp(False)                  # (for CPUs too, whatever the name)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     name = torch.cuda.get_device_name(device) if cuda else ""
     peak = next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), 0) if precision != "fp32" else 0
@@ -332,6 +337,24 @@ def parameter_groups(model):
     return [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
 
 
+def adamw(env, groups, lr, betas):
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True if env.device.type == "cuda" else None)
+
+
+def loss_scaler(env):
+    """The scaler leaves out a step whose gradients are not finite, without asking the GPU: hence also for bf16 and fp32,
+    where its scale stays 1."""
+    return torch.amp.GradScaler(env.device.type, init_scale=2.0 ** 16 if env.precision == "fp16" else 1.0)
+
+
+def wrapped(env, args, model):
+    """The model as it is called in training: compiled and over all ranks, where asked."""
+    trained = torch.compile(model) if args.compile else model
+    if env.world > 1:   # no device_ids: DDP would move the mask to the GPU, and counting it there means waiting
+        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return trained
+
+
 def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoch, clip_flops=0):
     """Trains until --epochs or --steps are done, resuming what lies in --out.
 
@@ -357,11 +380,9 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
 
     for group in groups:
         group["lr"] = peak * group.pop("lr_scale", 1.0)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True if env.device.type == "cuda" else None)
+    optimizer = adamw(env, groups, peak, betas)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    # The scaler leaves out a step whose gradients are not finite, without asking the GPU. Hence also for bf16 and fp32,
-    # where its scale stays 1.
-    scaler = torch.amp.GradScaler(env.device.type, init_scale=2.0 ** 16 if env.precision == "fp16" else 1.0)
+    scaler = loss_scaler(env)
     checkpoint, log = open_run(env, args, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
     step, skipped, unreadable = (checkpoint["step"], checkpoint["skipped"], checkpoint["unreadable"]) if checkpoint else (0, 0, {})
     del checkpoint                                                                    # or it would stay in memory for the run
@@ -371,9 +392,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
     else:
         say(env, f"resuming {args.out} at step {step} of {last}")
 
-    trained = torch.compile(model) if args.compile else model
-    if env.world > 1:   # no device_ids: DDP would move the mask to the GPU, and counting it there means waiting
-        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)
+    trained = wrapped(env, args, model)
     model.train()
     sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
     stream = on_device(data.load(train_set, sampler, env.workers, pin_memory=env.device.type == "cuda"), env.device)
@@ -530,8 +549,7 @@ def pretrain(env, args):
     with mistakes():
         train_videos, val_videos = open_data(env, args)
         torch.manual_seed(args.seed)
-        model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, assignment=args.assignment, teacher=args.teacher,
-                      frames=args.frames, image_size=args.image_size)
+        model = make_model(args)
         if args.target == "dino":
             if env.local != 0:
                 dist.barrier(env.host_group)                     # the first process of a machine downloads, the others find it
@@ -580,10 +598,14 @@ def pretrain(env, args):
     fit(env, args, model, parameter_groups(model), (0.9, 0.95), train_set, objective, evaluate, pictures, args.clip_flops)
 
 
+def make_model(args):
+    return SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, assignment=args.assignment, teacher=args.teacher, frames=args.frames, image_size=args.image_size)
+
+
 def clip_flops(args):
     """Floating-point operations of one clip's forward and backward pass, counted by PyTorch on tensors without storage."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, teacher=args.teacher, frames=args.frames, image_size=args.image_size)
+        model = make_model(args)
         model.teacher_checked = True
         hidden = int(args.mask_ratio * model.grid[1] * model.grid[2]) * model.grid[0]
         visible, masked = torch.zeros(1, model.num_tubes - hidden, dtype=torch.long), torch.zeros(1, hidden, dtype=torch.long)
@@ -784,7 +806,7 @@ def load_weights(module, state, path, free=()):
 def open_model(env, args, path):
     """The pretrained SIGMA of a checkpoint, on the device, to be used as it is."""
     with mistakes():
-        model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, teacher=args.teacher, frames=args.frames, image_size=args.image_size)
+        model = make_model(args)
         load_weights(model, args.weights, path)
         args.out.mkdir(parents=True, exist_ok=True)
         log = Log(env, args.out / "log.jsonl", math.inf)         # a run's own lines stay
@@ -932,6 +954,8 @@ def multi_view(env, args, model, clips):
         hits = (best == label) & (label >= 0)                    # an unreadable video has label -1
         right1, right5 = right1 + hits[:, 0].sum().item(), right5 + hits.any(dim=1).sum().item()
         count, missed = count + (label >= 0).sum().item(), missed + (label < 0).sum().item()
+        for path, reason in batch["bad"]:
+            tqdm.write(f"unreadable, left out: {path}: {reason}")
     model.train(was_training)
     right1, right5, count, missed = (int(over_ranks(env, value, "SUM")) for value in (right1, right5, count, missed))
     if missed:
@@ -1172,6 +1196,87 @@ def prototype_sheet(env, args, model, items, rows=8, columns=8, context=5):
     say(env, f"the most used prototypes, each with the tubes that score highest, in {args.out / 'prototypes.png'}")
 
 
+# ============ what a step costs ============
+
+def bench(env, args):
+    """Times --steps (5) training steps on random clips already in memory, then each part alone, forward and backward.
+
+    Printed: clips a second over all ranks, MFU where the device's peak is known, peak memory of a process, and the parts'
+    milliseconds a clip. Medians. The parts run one after another and uncompiled, so they need not add up to the step.
+    """
+    torch.manual_seed(args.seed)
+    model = make_model(args).to(env.device)
+    model.teacher_checked = True                                 # random weights cost as much
+    trained, scaler, cuda = wrapped(env, args, model), loss_scaler(env), env.device.type == "cuda"
+    optimizer = adamw(env, parameter_groups(model), 1e-5, (0.9, 0.95))
+    clips = torch.randint(256, (args.batch_size, 3, args.frames, args.image_size, args.image_size), dtype=torch.uint8)
+    clips = clips.pin_memory() if cuda else clips
+    mask = tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
+    visible, masked = split_mask(mask, env.device)
+
+    def median_time(work, warm_up=1):
+        seconds = []
+        for _ in range(warm_up + (args.steps or 5)):
+            began = time.monotonic()
+            work()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - began)
+        return sorted(seconds[warm_up:])[(len(seconds) - warm_up) // 2]
+
+    def read():
+        return data.normalize(clips.to(env.device, non_blocking=True))
+
+    def update():
+        scaler.step(optimizer)
+        scaler.update(None if env.precision == "fp16" else 1.0)
+
+    def step():
+        with env.autocast():
+            loss, _ = trained(read(), mask)
+        scaler.scale(loss).backward()
+        update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def there_and_back(forward, *inputs):                        # the gradient of a sum is as dear as any other
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with env.autocast():
+            out = forward(*inputs)
+        if out.requires_grad:
+            out.float().sum().backward()
+
+    seconds = median_time(step, warm_up=3)
+    if cuda:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                          # Unix alone has it
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    speed = args.batch_size * env.world / seconds
+    say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}, {args.prototypes} prototypes; {env.world} x {args.batch_size} clips of {args.frames} frames of {args.image_size} pixels; "
+             f"{env.precision} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}{', compiled' if args.compile else ''}")
+    say(env, f"{speed:.3g} clips/s, {1000 * seconds:.4g} ms a step; {args.clip_flops / 1e9:.1f} GFLOP a clip, {args.clip_flops * speed / env.world / 1e12:.3g} TFLOP/s a process"
+             f"{f', MFU {args.clip_flops * speed / env.world / env.peak:.1%}' if env.peak else ''}; {memory / 2 ** 30:.2f} GiB a process at most")
+
+    video = read()
+    tubes = patchify(video, model.patch)
+    shown, hidden = take_tubes(tubes, visible), take_tubes(tubes, masked)
+    with torch.no_grad(), env.autocast():
+        encoded, x_psi, x_phi = model.encoder(shown, visible), model.forward_video(shown, visible, masked), model.forward_target(video, hidden, masked)
+    parts = {"copy, normalise, cut into tubes": lambda: take_tubes(patchify(read(), model.patch), masked),
+             "encoder": lambda: there_and_back(lambda: model.encoder(shown, visible)),
+             "decoder": lambda: there_and_back(lambda x: model.forward_decoder(x, visible, masked), encoded),
+             {"mlp": "φ, an MLP", "dino": "φ, the DINO teacher", "pixel": "pixel target"}[args.target]: lambda: there_and_back(lambda: model.forward_target(video, hidden, masked)),
+             "loss": lambda: there_and_back(lambda psi, phi: model.forward_loss(psi.flatten(0, 1), phi.flatten(0, 1))[0], x_psi, x_phi)}
+    if args.loss == "sigma":
+        scores = torch.randn(hidden.shape[0] * hidden.shape[1], args.prototypes, device=env.device) / 16
+        assign = sinkhorn_argmax if args.assignment == "hard" else sinkhorn
+        parts["Sinkhorn, twice, part of the loss"] = lambda: [assign(scores, args.eps) for _ in range(2)]
+    there_and_back(lambda: model(video, mask)[0])                # leaves gradients for the optimizer
+    parts["optimizer"] = update
+    for name, part in parts.items():
+        say(env, f"{1000 * median_time(part) / args.batch_size:9.3f} ms a clip  {name}")
+
+
 # ============ main ============
 
 def main(argv=None):
@@ -1179,11 +1284,11 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")        # names of files can hold what a terminal cannot show
     args = parse_args(argv)
-    args.clip_flops = clip_flops(args) if args.mode == "pretrain" else 0   # before there are ranks: what has no storage cannot be reduced
+    args.clip_flops = clip_flops(args) if args.mode in ("pretrain", "bench") else 0   # before there are ranks: what has no storage cannot be reduced
     env = start_processes(args)
     args.global_batch = args.batch_size * env.world
     try:
-        {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment}[args.mode](env, args)
+        {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment, "bench": bench}[args.mode](env, args)
     except (data.VideoError, data.WorkerError) as error:
         stop_with(error, code=1)
     if env.world > 1:
