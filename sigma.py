@@ -261,7 +261,8 @@ def sinkhorn_scaling(scores, eps=0.05, iterations=10):
     matrix once. Ten iterations are far from convergence, so Q depends on where they start, and the start is
     exp(scores / eps). Shifting a column changes nothing, for the first step normalises columns. A row's shift would
     change the plan, so u starts at what was taken out. With both, every row and column of the kernel has a 1 in it:
-    no sum underflows, whatever the scores.
+    no sum underflows, whatever the scores. Over several ranks each iteration is one all-reduce of K numbers; the two
+    branches could share theirs only by keeping both kernels at once.
     """
     limit = 1e30 * eps                                                       # a finite score, divided by eps, stays finite
     kernel = scores.float().clamp(-limit, limit).div_(eps)                   # the one N x K matrix beside the scores
@@ -394,7 +395,7 @@ class SIGMA(torch.nn.Module):
         visible, masked = split_mask(mask, video.device)                                 # [B, n], [B, M]
         tubes = patchify(video, self.patch)                                              # [B, N, P]
         x_psi = self.forward_video(take_tubes(tubes, visible), visible, masked)          # x^Ψ [B, M, F]
-        x_phi = self.forward_target(video, take_tubes(tubes, masked), masked)            # x^φ [B, M, F]
+        x_phi = self.forward_target(video, tubes, masked)                                # x^φ [B, M, F]
         return self.forward_loss(x_psi.flatten(0, 1), x_phi.flatten(0, 1))
 
     def forward_video(self, tubes, visible, masked):
@@ -407,13 +408,12 @@ class SIGMA(torch.nn.Module):
         hidden = self.mask_token + self.decoder.positions[masked]                        # [B, M, d]
         return self.decoder(torch.cat([x, hidden], dim=1), masked.shape[1])              # [B, N, d], visible ones first
 
-    def forward_target(self, video, tubes, masked):
-        """φ: x^φ [B, M, F] of the masked tubes ("inverse masking"), from their pixels [B, M, P] or DINO's view of the frames."""
-        if self.target == "pixel":
-            return normalize_tubes(tubes)
-        if self.target == "mlp":
-            return self.head(normalize_tubes(tubes))
-        return take_tubes(self.teacher_features(video), masked)
+    def forward_target(self, video, tubes, index):
+        """φ: x^φ [B, M, F] of the indexed tubes ("inverse masking"), from the pixels of all [B, N, P] or DINO's view of the frames."""
+        if self.target == "dino":
+            return take_tubes(self.teacher_features(video), index)
+        pixels = normalize_tubes(take_tubes(tubes, index))
+        return pixels if self.target == "pixel" else self.head(pixels)
 
     @torch.no_grad()
     def teacher_features(self, video):

@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Encoder, all_r
 
 # Defaults, where a flag is not given. The paper's for videos on disk, and for the demo what suits minutes on a laptop.
 DISK = dict(size="base", prototypes=3000, epochs=800, warmup_epochs=40, batch_size=32, lr=1.5e-4, min_lr=1e-5, frames=16, stride=4, image_size=224, mask_ratio=0.9)
-DEMO = dict(size="tiny", prototypes=64, epochs=25, warmup_epochs=3, batch_size=32, lr=8e-3, min_lr=4e-4, frames=8, stride=2, image_size=48, mask_ratio=0.75)
+DEMO = dict(size="tiny", prototypes=64, epochs=25, warmup_epochs=3, batch_size=32, lr=4e-3, min_lr=4e-4, frames=8, stride=2, image_size=48, mask_ratio=0.75)
 # Fine-tuning's own, over the above. For Kinetics; with --stride 0 (Something-Something) 40 epochs.
 FINETUNE = dict(epochs=100, warmup_epochs=5, batch_size=16, lr=1e-3, min_lr=1e-6)
 FINETUNE_DEMO = dict(epochs=15, warmup_epochs=2, batch_size=16, lr=1e-2, min_lr=1e-6)
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     mode.add_argument("--probe", metavar="CHECKPOINT", help="instead of pretraining: k-NN and a linear probe of its frozen features, from --data (labelled) to --val")
     mode.add_argument("--finetune", metavar="CHECKPOINT", help="instead: train all of it with the labels of --data, from this (ours, the authors', VideoMAE's) or `none`; test on --val")
     mode.add_argument("--segment", metavar="CHECKPOINT", help="instead: cluster the tubes of every clip of --data; mIoU where there are masks (DAVIS's folders, or VIDEOS beside VIDEOS-masks)")
-    mode.add_argument("--bench", action="store_const", const=True, help="instead: time pretraining steps of these flags on random clips, and their parts; writes nothing [--steps 5; defaults as for videos on disk]")
+    mode.add_argument("--bench", action="store_const", const=True, help="instead: time pretraining steps of these flags on random clips, and their parts; needs no --data, writes nothing [--steps 5; defaults as for videos on disk]")
     add("--out", help="folder for log.jsonl, checkpoint.pt, preview.png; a run found there is resumed [runs/<name of the data>, and -probe, -finetune, -segment]")
     add("--size", choices=list(SIZES), help=f"model {show('size')}")
     add("--target", choices=["mlp", "dino", "pixel"], default="mlp", help="what φ is: a trained MLP, frozen DINO, or plain pixels (VideoMAE) [mlp]")
@@ -88,7 +89,7 @@ def parse_args(argv=None):
     add("--accumulate", type=int, default=1, help="micro-batches a step; Sinkhorn balances each micro-batch by itself, so this is not the same as a larger batch [1]")
     add("--lr", type=float, help=f"base learning rate, per 256 clips {show('lr')}")
     add("--min-lr", type=float, help=f"where the cosine ends, per 256 clips {show('min_lr')}")
-    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (GPUs from Ampere, CPUs with AMX or AVX512-BF16), else fp16 on a GPU, fp32 on a CPU")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 where the hardware has it (GPUs from Ampere, CPUs with AMX or AVX512-BF16), else fp16 on a GPU, fp32 on a CPU; fp32 multiplies matrices in TF32 on GPUs")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--workers", type=int, help="decoding processes per training process [on GPUs cores / processes, at most 16; on a CPU 1]")
     add("--seed", type=int, default=0, help="of weights, order, clips, crops and masks [0]")
@@ -129,6 +130,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}")
     if args.stride == 0 and args.mode in ("pretrain", "bench"):
         parser.error("--stride 0 is for --finetune: clips of pretraining are consecutive")
+    if args.mode == "bench" and args.accumulate > 1:
+        parser.error("--bench times micro-batches: leave --accumulate out")
     if args.batch_size % args.repeats:
         parser.error(f"--repeats {args.repeats} must divide --batch-size {args.batch_size}: so many clips come from one video")
     patch = SIZES[args.size][0]
@@ -200,7 +203,9 @@ def start_processes(args):
         else:
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
-    if not cuda and precision == "bf16":   # PyTorch's fused attention for CPUs computes mostly in fp32; plain bf16 products save a tenth of ViT-S' step
+    if not cuda and precision == "bf16" and args.mode in ("pretrain", "bench"):
+        # Plain bf16 products instead of PyTorch's fused attention for CPUs, a tenth of ViT-S' step and a quarter of tiny's.
+        # The N x N matrices are kept for the backward pass: of the decoder's blocks alone, so pretraining can afford it.
         torch.backends.cuda.enable_flash_sdp(False)                  # (for CPUs too, whatever the name)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -349,10 +354,10 @@ def loss_scaler(env):
 
 def wrapped(env, args, model):
     """The model as it is called in training: compiled and over all ranks, where asked."""
-    trained = torch.compile(model) if args.compile else model
     if env.world > 1:   # no device_ids: DDP would move the mask to the GPU, and counting it there means waiting
-        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return trained
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")           # the only name before torch 2.15
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return torch.compile(model) if args.compile else model       # around DDP: inside, all gradients would be reduced at the end
 
 
 def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoch, clip_flops=0):
@@ -973,6 +978,7 @@ def segment(env, args):
     number K as in the mean; mIoU is the mean over a clip's objects, then over clips.
     """
     model, log = open_model(env, args, args.segment)
+    torch.set_float32_matmul_precision("highest")                # TF32 would lose the small differences of K-means
     with mistakes():
         items = find_masks(env, args)
     if env.rank > 0:
@@ -1199,33 +1205,37 @@ def prototype_sheet(env, args, model, items, rows=8, columns=8, context=5):
 # ============ what a step costs ============
 
 def bench(env, args):
-    """Times --steps (5) training steps on random clips already in memory, then each part alone, forward and backward.
+    """Times --steps (5) training steps on random clips that lie on the device, then each part alone, forward and backward.
 
     Printed: clips a second over all ranks, MFU where the device's peak is known, peak memory of a process, and the parts'
-    milliseconds a clip. Medians. The parts run one after another and uncompiled, so they need not add up to the step.
+    milliseconds a clip; medians on a CPU, means on a GPU, which is waited for at the end alone. The parts run one after
+    another and uncompiled, so they need not add up to the step.
     """
     torch.manual_seed(args.seed)
     model = make_model(args).to(env.device)
     model.teacher_checked = True                                 # random weights cost as much
     trained, scaler, cuda = wrapped(env, args, model), loss_scaler(env), env.device.type == "cuda"
     optimizer = adamw(env, parameter_groups(model), 1e-5, (0.9, 0.95))
-    clips = torch.randint(256, (args.batch_size, 3, args.frames, args.image_size, args.image_size), dtype=torch.uint8)
-    clips = clips.pin_memory() if cuda else clips
+    stored = torch.randint(256, (args.batch_size, 3, args.frames, args.image_size, args.image_size), dtype=torch.uint8)
     mask = tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
-    visible, masked = split_mask(mask, env.device)
+    if cuda:
+        stored, mask = stored.pin_memory(), mask.pin_memory()
+    clips = stored.to(env.device)
 
-    def median_time(work, warm_up=1):
-        seconds = []
-        for _ in range(warm_up + (args.steps or 5)):
-            began = time.monotonic()
+    def seconds_of(work, warm_up=1):
+        for _ in range(warm_up):
             work()
+        laps, steps = [], args.steps or 5
+        for _ in range(1 if cuda else steps):
             if cuda:
                 torch.cuda.synchronize()
-            seconds.append(time.monotonic() - began)
-        return sorted(seconds[warm_up:])[(len(seconds) - warm_up) // 2]
-
-    def read():
-        return data.normalize(clips.to(env.device, non_blocking=True))
+            began = time.monotonic()
+            for _ in range(steps if cuda else 1):
+                work()
+            if cuda:
+                torch.cuda.synchronize()
+            laps.append((time.monotonic() - began) / (steps if cuda else 1))
+        return sorted(laps)[len(laps) // 2]
 
     def update():
         scaler.step(optimizer)
@@ -1233,48 +1243,53 @@ def bench(env, args):
 
     def step():
         with env.autocast():
-            loss, _ = trained(read(), mask)
+            loss, _ = trained(data.normalize(clips), mask)
         scaler.scale(loss).backward()
         update()
         optimizer.zero_grad(set_to_none=True)
 
-    def there_and_back(forward, *inputs):                        # the gradient of a sum is as dear as any other
+    def there_and_back(forward, *inputs):                        # any gradient is as dear as any other
         inputs = [x.detach().requires_grad_() for x in inputs]
         with env.autocast():
             out = forward(*inputs)
         if out.requires_grad:
-            out.float().sum().backward()
+            out.backward(torch.randn_like(out))
 
-    seconds = median_time(step, warm_up=3)
+    seconds = seconds_of(step, warm_up=3)
     if cuda:
         memory = torch.cuda.max_memory_allocated()
     else:
         import resource                                          # Unix alone has it
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     speed = args.batch_size * env.world / seconds
+    flops = args.clip_flops * speed / env.world
     say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}, {args.prototypes} prototypes; {env.world} x {args.batch_size} clips of {args.frames} frames of {args.image_size} pixels; "
              f"{env.precision} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}{', compiled' if args.compile else ''}")
-    say(env, f"{speed:.3g} clips/s, {1000 * seconds:.4g} ms a step; {args.clip_flops / 1e9:.1f} GFLOP a clip, {args.clip_flops * speed / env.world / 1e12:.3g} TFLOP/s a process"
-             f"{f', MFU {args.clip_flops * speed / env.world / env.peak:.1%}' if env.peak else ''}; {memory / 2 ** 30:.2f} GiB a process at most")
+    say(env, f"{speed:.2f} clips/s, {1000 * seconds:.1f} ms a step; {args.clip_flops / 1e9:.1f} GFLOP a clip, {flops / 1e12:.3f} TFLOP/s a process"
+             f"{f', MFU {flops / env.peak:.1%}' if env.peak else ''}; {memory / 2 ** 30:.2f} GiB a process at most")
 
-    video = read()
+    visible, masked = split_mask(mask, env.device)
+    video = data.normalize(clips)
     tubes = patchify(video, model.patch)
-    shown, hidden = take_tubes(tubes, visible), take_tubes(tubes, masked)
+    shown = take_tubes(tubes, visible)
     with torch.no_grad(), env.autocast():
-        encoded, x_psi, x_phi = model.encoder(shown, visible), model.forward_video(shown, visible, masked), model.forward_target(video, hidden, masked)
-    parts = {"copy, normalise, cut into tubes": lambda: take_tubes(patchify(read(), model.patch), masked),
+        encoded, x_psi, x_phi = model.encoder(shown, visible), model.forward_video(shown, visible, masked).flatten(0, 1), model.forward_target(video, tubes, masked).flatten(0, 1)
+    learned = [x_phi] if args.target == "mlp" else []            # other targets get no gradient
+    parts = {"copy, normalise, cut into tubes": lambda: take_tubes(patchify(data.normalize(stored.to(env.device, non_blocking=True)), model.patch), visible),
              "encoder": lambda: there_and_back(lambda: model.encoder(shown, visible)),
              "decoder": lambda: there_and_back(lambda x: model.forward_decoder(x, visible, masked), encoded),
-             {"mlp": "φ, an MLP", "dino": "φ, the DINO teacher", "pixel": "pixel target"}[args.target]: lambda: there_and_back(lambda: model.forward_target(video, hidden, masked)),
-             "loss": lambda: there_and_back(lambda psi, phi: model.forward_loss(psi.flatten(0, 1), phi.flatten(0, 1))[0], x_psi, x_phi)}
+             {"mlp": "φ, an MLP", "dino": "φ, the DINO teacher", "pixel": "pixel target"}[args.target]: lambda: there_and_back(lambda: model.forward_target(video, tubes, masked)),
+             "loss, of which": lambda: there_and_back(lambda psi, phi=x_phi: model.forward_loss(psi, phi)[0], x_psi, *learned)}
     if args.loss == "sigma":
-        scores = torch.randn(hidden.shape[0] * hidden.shape[1], args.prototypes, device=env.device) / 16
-        assign = sinkhorn_argmax if args.assignment == "hard" else sinkhorn
-        parts["Sinkhorn, twice, part of the loss"] = lambda: [assign(scores, args.eps) for _ in range(2)]
-    there_and_back(lambda: model(video, mask)[0])                # leaves gradients for the optimizer
+        scores, assign = x_psi.float() @ model.prototypes.detach().T / 16, sinkhorn_argmax if args.assignment == "hard" else sinkhorn
+        parts["  scores"] = lambda: (there_and_back(lambda psi: psi @ model.prototypes.detach().T, x_psi), there_and_back(lambda phi=x_phi: phi @ model.prototypes.T, *learned))
+        parts["  Sinkhorn"] = lambda: [assign(scores, args.eps) for _ in range(2)]
     parts["optimizer"] = update
     for name, part in parts.items():
-        say(env, f"{1000 * median_time(part) / args.batch_size:9.3f} ms a clip  {name}")
+        optimizer.zero_grad()
+        if name == "optimizer":
+            there_and_back(lambda: scaler.scale(model(video, mask)[0]))
+        say(env, f"{1000 * seconds_of(part) / args.batch_size:9.3f} ms a clip  {name}")
 
 
 # ============ main ============
@@ -1291,6 +1306,8 @@ def main(argv=None):
         {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment, "bench": bench}[args.mode](env, args)
     except (data.VideoError, data.WorkerError) as error:
         stop_with(error, code=1)
+    except torch.OutOfMemoryError as error:
+        stop_with(f"the GPU's memory is too small: lower --batch-size ({str(error).splitlines()[0]})", code=1)
     if env.world > 1:
         dist.destroy_process_group()
 
