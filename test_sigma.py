@@ -2472,7 +2472,7 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", code=HERE):
 
     def run(job):
         seed, name = job
-        out = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{seed}"
+        out = folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower().replace('ε', 'eps'))}-{seed}"
         out.mkdir(exist_ok=True)
         if not (out / "videos").exists():
             (out / "videos").symlink_to(folder / "videos")
@@ -2511,14 +2511,14 @@ def draw_evidence(rows, path, left=210, width=300, line=26):
         start = left + panel * (width + 30)
         place = lambda value: start + (value - low) / (high - low) * width
         draw.text((start, 6), title, fill="black", font_size=14)
-        for tick in range(low, high + 1, 10):
+        for tick in range(low, high + 1, 10 if high - low > 20 else 2):
             draw.line((place(tick), 30, place(tick), 34 + line * len(rows)), fill="#e4e4e4")
             draw.text((place(tick), 38 + line * len(rows)), str(tick), fill="#555555", font_size=12, anchor="ma")
         for number, (name, row) in enumerate(rows.items()):
             y = 34 + line * number + line // 2
             colour = "#c23b22" if name.startswith("SIGMA") else "#33558b"
             if panel == 0:
-                draw.text((left - 10, y), name, fill="black", font_size=14, anchor="rm")
+                draw.text((left - 10, y), name.replace("ε", "eps"), fill="black", font_size=14, anchor="rm")
             mean = place(np.mean([seed[panel] for seed in row]))
             draw.line((mean, y - 9, mean, y + 9), fill=colour, width=3)
             for seed in row:
