@@ -1786,7 +1786,7 @@ def test_foreign_and_torn_checkpoints_are_refused_in_one_line(two_classes, tmp_p
     (["--mask-ratio", "nan"], "--mask-ratio"), (["--prototypes", "0"], "--prototypes"), (["--size", "giant"], "invalid choice"), (["--eps", "0"], "--eps"), (["--eps", "nan"], "--eps"),
     (["--batch-size", "0"], "--batch-size"), (["--workers", "-1"], "--workers"), (["--steps", "0"], "--steps"), (["--epochs", "-3"], "--epochs"), (["--lr", "-1"], "--lr"), (["--accumulate", "0"], "--accumulate"),
     (["--repeats", "3"], "--repeats"), (["--target", "pixel", "--loss", "sigma"], "goes with --loss l2"), (["--stride", "0"], "--stride"), (["--save-minutes", "0"], "--save-minutes"), (["--frames", "x"], "invalid int"),
-    (["--lr", "inf"], "--lr"), (["--probe", ""], "No such file"), (["--data", "no/such/folder"], "no such folder")])
+    (["--lr", "inf"], "--lr"), (["--probe", ""], "No such file"), (["--bench", "--accumulate", "2"], "--accumulate"), (["--data", "no/such/folder"], "no such folder")])
 def test_nonsense_gives_one_line_and_exit_code_2(tmp_path, capsys, flags, word):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--data", str(tmp_path / "x"), "--out", str(tmp_path / "run"), *flags])
@@ -1837,6 +1837,16 @@ def test_bench_times_a_step_and_its_parts(tmp_path, capsys, monkeypatch, flags):
     names = ["copy, normalise, cut into tubes", "encoder", "decoder", phi, "loss, of which", *([] if "pixel" in flags else ["scores", "Sinkhorn"]), "optimizer"]
     assert [line.split("ms a clip")[1].strip() for line in parts] == names and all(float(line.split()[0]) > 0 for line in parts)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
+    def full(env, args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    monkeypatch.setattr(train, "bench", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--bench", *RUN])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1 and len(error) == 1 and "--batch-size" in error[0] and "2.00 GiB" in error[0]
 
 
 def test_more_prototypes_than_tubes_warns(two_classes, tmp_path, capsys):
@@ -1919,7 +1929,8 @@ ENV = SimpleNamespace(rank=0, world=1, workers=0, device=torch.device("cpu"), au
 def test_the_readme_names_every_flag_and_points_at_the_right_lines():
     readme = (HERE / "README.md").read_text()
     flags = set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', (HERE / "train.py").read_text()))
-    assert len(flags) > 25 and all(f"| `{flag}`" in readme for flag in flags), [flag for flag in flags if f"| `{flag}`" not in readme]
+    rows = {flag: len(re.findall(rf"^\| `{flag}`", readme, re.MULTILINE)) for flag in flags}
+    assert len(flags) > 25 and set(rows.values()) == {1}, rows
     links = re.findall(r"\[`([\w.]+)`[^\]]*\]\(([a-z_]+\.py)#L(\d+)\)", readme)
     assert len(links) > 10
     for name, file, line in links:
@@ -2457,12 +2468,12 @@ def test_damaged_files_never_crash_hang_or_raise_anything_else(tmp_path):
 
 EVIDENCE = {   # flags of train.py, over the demo's defaults
     "untrained": "--steps 1",                                                               # the warm-up's first step has a learning rate of 0
-    "pixels, L2 (VideoMAE)": "--target pixel --lr 8e-3", "MLP features, L2": "--loss l2", "SIGMA-MLP, hard": "",   # each its best lr of four
+    "pixels, L2 (VideoMAE)": "--target pixel --lr 8e-3", "MLP features, L2": "--loss l2", "SIGMA-MLP, hard": "",   # pixels and SIGMA: their best lr of four
     "soft assignment": "--assignment soft", "soft, ε 0.01": "--assignment soft --eps 0.01", "ε 0.02": "--eps 0.02", "ε 0.1": "--eps 0.1",
     "16 prototypes": "--prototypes 16", "256 prototypes": "--prototypes 256", "1024 prototypes": "--prototypes 1024", "mask ratio 0.5": "--mask-ratio 0.5", "mask ratio 0.9": "--mask-ratio 0.9"}
 
 
-def evidence(folder="runs/evidence", seeds="3", at_once="1", code=HERE):
+def evidence(folder="runs/evidence", seeds="3", at_once="1"):
     """Pretrains, probes and segments every row of EVIDENCE with so many seeds, `at_once` runs side by side on one thread each; what is done stays done.
 
     Prints a table of means and standard deviations over the seeds, and draws folder/evidence.png.
@@ -2477,11 +2488,12 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", code=HERE):
         if not (out / "videos").exists():
             (out / "videos").symlink_to(folder / "videos")
         began = time.monotonic()
-        for flags in (f"--out {out} --seed {seed} {EVIDENCE[name]}", f"--probe {out}/checkpoint.pt --out {out}/probe", f"--segment {out}/checkpoint.pt --out {out}/segment"):
-            done = out / {"--o": "pretrain.done", "--p": "probe.done", "--s": "segment.done"}[flags[:3]]
+        for part, flags in (("pretrain", ["--out", out, "--seed", str(seed), *EVIDENCE[name].split()]),
+                            *((part, [f"--{part}", out / "checkpoint.pt", "--out", out / part]) for part in ("probe", "segment"))):
+            done = out / f"{part}.done"
             if not done.exists():
                 with open(out / "output.txt", "a") as output:
-                    subprocess.run([sys.executable, Path(code) / "train.py", *flags.split()], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, check=True)
+                    subprocess.run([sys.executable, HERE / "train.py", *flags], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output, check=True)
                 done.write_text(str((time.monotonic() - began) / 60))
         last = [record for record in read_log(out) if "loss" in record][-1]
         found = {record["eval"]: record for part in ("probe", "segment") for record in read_log(out / part)}
@@ -2495,7 +2507,7 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", code=HERE):
     for name, values in rows.items():
         cells = []
         for column, digits in zip(zip(*values), (1, 1, 1, 1, 3, 1)):
-            cells.append("–" if None in column else f"{np.mean(column):.{digits}f} ± {np.std(column, ddof=1):.{digits}f}")
+            cells.append("–" if None in column else f"{np.mean(column):.{digits}f}" + (f" ± {np.std(column, ddof=1):.{digits}f}" if len(column) > 1 else ""))
         print(f"| {name} | {' | '.join(cells)} |")
     draw_evidence(rows, folder / "evidence.png")
 

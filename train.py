@@ -205,7 +205,7 @@ def start_processes(args):
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
     if not cuda and precision == "bf16" and args.mode in ("pretrain", "bench"):
         # Plain bf16 products instead of PyTorch's fused attention for CPUs, a tenth of ViT-S' step and a quarter of tiny's.
-        # The N x N matrices are kept for the backward pass: of the decoder's blocks alone, so pretraining can afford it.
+        # The backward pass then keeps N x N matrices, which only the decoder sees at full size: pretraining can afford it.
         torch.backends.cuda.enable_flash_sdp(False)                  # (for CPUs too, whatever the name)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -1222,19 +1222,20 @@ def bench(env, args):
         stored, mask = stored.pin_memory(), mask.pin_memory()
     clips = stored.to(env.device)
 
+    steps = args.steps or 5
+    group, wait = (steps, torch.cuda.synchronize) if cuda else (1, lambda: None)
+
     def seconds_of(work, warm_up=1):
         for _ in range(warm_up):
             work()
-        laps, steps = [], args.steps or 5
-        for _ in range(1 if cuda else steps):
-            if cuda:
-                torch.cuda.synchronize()
+        laps = []
+        for _ in range(steps // group):
+            wait()
             began = time.monotonic()
-            for _ in range(steps if cuda else 1):
+            for _ in range(group):
                 work()
-            if cuda:
-                torch.cuda.synchronize()
-            laps.append((time.monotonic() - began) / (steps if cuda else 1))
+            wait()
+            laps.append((time.monotonic() - began) / group)
         return sorted(laps)[len(laps) // 2]
 
     def update():
