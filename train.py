@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Encoder, all_reduce, load_checkpoint, patchify, sinkhorn, sinkhorn_argmax, split_mask, take_tubes, tube_mask
+from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Attention, Encoder, all_reduce, load_checkpoint, patchify, sinkhorn, sinkhorn_argmax, split_mask, take_tubes, tube_mask
 
 # ============ flags ============
 
@@ -203,11 +203,8 @@ def start_processes(args):
         else:
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
-    if not cuda and precision == "bf16" and args.mode in ("pretrain", "bench"):
-        # Plain bf16 products instead of PyTorch's fused attention for CPUs, a tenth of ViT-S' step and a quarter of tiny's.
-        # The backward pass then keeps N x N matrices, which only the decoder sees at full size: pretraining can afford it.
-        torch.backends.cuda.enable_flash_sdp(False)                  # (for CPUs too, whatever the name)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    # Only the decoder sees all N tubes, so pretraining can afford its N x N matrices; an encoder that is fine-tuned could not.
+    Attention.plain = not cuda and args.mode in ("pretrain", "bench")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     name = torch.cuda.get_device_name(device) if cuda else ""
     peak = next((peak for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), 0) if precision != "fp32" else 0
@@ -309,8 +306,6 @@ def open_run(env, args, parts):
             changed = [f"{name} was {theirs.get(name)}, is {value}" for name, value in curve(args).items() if theirs.get(name) != value]
             if changed:
                 stop_with(f"{path} belongs to another run ({'; '.join(changed)}): use another --out, or the flags of then")
-            for group in checkpoint["optimizer"]["param_groups"]:    # a run may move between CPU and GPU
-                group["fused"] = parts["optimizer"].defaults["fused"]
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -340,10 +335,6 @@ def parameter_groups(model):
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and not name.endswith("mask_token")].append(parameter)
     return [{"params": groups[True], "weight_decay": 0.05}, {"params": groups[False], "weight_decay": 0.0}]
-
-
-def adamw(env, groups, lr, betas):
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True if env.device.type == "cuda" else None)
 
 
 def loss_scaler(env):
@@ -385,11 +376,11 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
 
     for group in groups:
         group["lr"] = peak * group.pop("lr_scale", 1.0)
-    optimizer = adamw(env, groups, peak, betas)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)      # fused: skips a step without asking the GPU
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     scaler = loss_scaler(env)
     checkpoint, log = open_run(env, args, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
-    step, skipped, unreadable = (checkpoint["step"], checkpoint["skipped"], checkpoint["unreadable"]) if checkpoint else (0, 0, {})
+    step, unreadable = (checkpoint["step"], checkpoint["unreadable"]) if checkpoint else (0, {})
     del checkpoint                                                                    # or it would stay in memory for the run
     evaluated = {record["step"] for record in log.records if "eval" in record}
     if step == 0:
@@ -407,7 +398,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
 
     def save(name):
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
-                   "epoch": step // steps_per_epoch, "step": step, "skipped": skipped, "unreadable": unreadable, "args": curve(args)}
+                   "epoch": step // steps_per_epoch, "step": step, "unreadable": unreadable, "args": curve(args)}
         return save_checkpoint(args.out / name, content)
 
     env.in_loop = True
@@ -464,7 +455,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             pending.clear()
             for row in rows:
                 in_a_row = 0 if math.isfinite(row[0]) else in_a_row + 1
-                skipped += in_a_row > 0
+            skipped = step - int(optimizer.state[groups[0]["params"][0]]["step"])     # AdamW counts the steps it took
             seconds = time.monotonic() - clock
             speed, wait = (step - logged) * global_batch * args.accumulate / seconds, waited / seconds
             record = dict(step=step, epoch=(step - 1) // steps_per_epoch, loss=rows[-1][0], lr=lr, clips_per_second=round(speed, 2), data_wait=round(wait, 4),
@@ -1215,7 +1206,7 @@ def bench(env, args):
     model = make_model(args).to(env.device)
     model.teacher_checked = True                                 # random weights cost as much
     trained, scaler, cuda = wrapped(env, args, model), loss_scaler(env), env.device.type == "cuda"
-    optimizer = adamw(env, parameter_groups(model), 1e-5, (0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, betas=(0.9, 0.95), fused=True)
     stored = torch.randint(256, (args.batch_size, 3, args.frames, args.image_size, args.image_size), dtype=torch.uint8)
     mask = tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
     if cuda:
