@@ -276,10 +276,15 @@ def sinkhorn_scaling(scores, eps=0.05, iterations=10):
     row_max = kernel.amax(dim=1)
     kernel.sub_(row_max[:, None]).exp_()
     u, v = row_max.exp(), (column_max - column_max.max()).exp()
+    # A CPU's library runs a product of matrix and vector on one core, but a batch of them on all: hence blocks of rows.
+    parts = next(n for n in (16, 8, 4, 2, 1) if len(kernel) % n == 0) if kernel.device.type == "cpu" else 1
+    blocks = kernel.view(parts, len(kernel) // parts, kernel.shape[1])           # [parts, N/parts, K]
     with torch.autocast("cuda" if kernel.is_cuda else "cpu", enabled=False):     # in half precision u and v would overflow
         for i in range(iterations):                                              # prototypes first, tubes second
-            u = (kernel @ v).reciprocal_() if i else u                           # rows sum to 1; the last time is the caller's
-            v = all_reduce(kernel.T @ u).reciprocal_()                           # columns even over the tubes of all ranks
+            if i:                                                                # rows sum to 1; the last time is the caller's
+                u = (kernel @ v if parts == 1 else torch.bmm(v.expand(parts, 1, -1), blocks.mT).flatten()).reciprocal_()
+            v = u @ kernel if parts == 1 else torch.bmm(u.view(parts, 1, -1), blocks).sum(dim=(0, 1))
+            v = all_reduce(v).reciprocal_()                                      # columns even over the tubes of all ranks
             v = v.div_(v.amax()).clamp_(min=1e-30)                               # a common factor is free: u takes it up
     return kernel, v
 

@@ -749,7 +749,7 @@ def plot(records, names, path, width=250, height=150):
         draw.text((left, 8), f"{name}: {low:.3g} to {high:.3g}", fill="black", font_size=14)
         draw.text((left, 34 + height), f"step {first} to {last}", fill="#666666", font_size=13)
         draw.line([place(*point) for point in points], fill="#1f5fa8", width=2)
-    draw.text((10, 60 + height), "   ".join(f"{r['eval']} top-1 at step {r['step']}: {r['top1']:.1f}%" for r in records if "top1" in r), fill="black", font_size=14)
+    draw.text((10, 60 + height), "   ".join(f"{r['eval']} top-1 at step {r['step']}: {r['top1']:g}%" for r in records if "top1" in r), fill="black", font_size=14)
     replace_file(path, lambda file: page.save(file, format="PNG"))
 
 
@@ -1198,8 +1198,9 @@ def prototype_sheet(env, args, model, items, rows=8, columns=8, context=5):
 def bench(env, args):
     """Times --steps (5) training steps on random clips that lie on the device, then each part alone, forward and backward.
 
-    Printed: clips a second over all ranks, MFU where the device's peak is known, peak memory of a process, and the parts'
-    milliseconds a clip; medians on a CPU, means on a GPU, which is waited for at the end alone. The parts run one after
+    Printed: clips a second over all ranks, MFU where the device's peak is known, the share of what a large matrix product
+    reaches, peak memory of a process, and the parts' milliseconds a clip; medians on a CPU, means on a GPU, which is waited
+    for at the end alone. The parts run one after
     another and uncompiled, so they need not add up to the step.
     """
     torch.manual_seed(args.seed)
@@ -1257,8 +1258,12 @@ def bench(env, args):
     flops = args.clip_flops * speed / env.world
     say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}, {args.prototypes} prototypes; {env.world} x {args.batch_size} clips of {args.frames} frames of {args.image_size} pixels; "
              f"{env.precision} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}{', compiled' if args.compile else ''}")
+    with env.autocast():                                         # what the device reaches where nothing but products is asked of it
+        square = torch.randn(4096, 4096, device=env.device) / 64
+        square = square @ square                                 # now in autocast's type
+        product = 2 * 4096 ** 3 / seconds_of(lambda: square @ square)
     say(env, f"{speed:.2f} clips/s, {1000 * seconds:.1f} ms a step; {args.clip_flops / 1e9:.1f} GFLOP a clip, {flops / 1e12:.3f} TFLOP/s a process"
-             f"{f', MFU {flops / env.peak:.1%}' if env.peak else ''}; {memory / 2 ** 30:.2f} GiB a process at most")
+             f"{f', MFU {flops / env.peak:.1%}' if env.peak else ''}, {flops / product:.0%} of a large matrix product's {product / 1e12:.3f}; {memory / 2 ** 30:.2f} GiB a process at most")
 
     visible, masked = split_mask(mask, env.device)
     video = data.normalize(clips)
