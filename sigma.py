@@ -110,7 +110,7 @@ class Attention(torch.nn.Module):
     key_bias=False is the video model: biases for q and v only, as BEiT and VideoMAE. A k bias adds the same number to
     all logits of a query, which softmax ignores; the DINO files have one nonetheless (key_bias=True).
     """
-    plain = False     # True: as products, which a CPU trains a tenth faster, but keeps N x N numbers a head for it
+    plain = False     # True: in training as products, which CPUs do a tenth faster, but N x N numbers a head are kept for it
 
     def __init__(self, width, heads, key_bias=False):
         super().__init__()
@@ -126,7 +126,7 @@ class Attention(torch.nn.Module):
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = torch.nn.functional.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, width/heads]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # 3 x [B, heads, N, width/heads]
-        if self.plain:
+        if self.plain and self.training:
             x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v   # softmax(qkᵀ/√d) v
         else:
             x = torch.nn.functional.scaled_dot_product_attention(q, k, v)             # the same, without the N x N matrix
@@ -276,15 +276,20 @@ def sinkhorn_scaling(scores, eps=0.05, iterations=10):
     row_max = kernel.amax(dim=1)
     kernel.sub_(row_max[:, None]).exp_()
     u, v = row_max.exp(), (column_max - column_max.max()).exp()
-    # A CPU's library runs a product of matrix and vector on one core, but a batch of them on all: hence blocks of rows.
+    # A CPU's library runs one product of matrix and vector on one core, but a batch of them on several: hence blocks of rows.
     parts = next(n for n in (16, 8, 4, 2, 1) if len(kernel) % n == 0) if kernel.device.type == "cpu" else 1
     blocks = kernel.view(parts, len(kernel) // parts, kernel.shape[1])           # [parts, N/parts, K]
+
+    def over_prototypes(v):                                                      # kernel v, [N]
+        return kernel @ v if parts == 1 else torch.bmm(v.expand(parts, 1, -1), blocks.mT).flatten()
+
+    def over_tubes(u):                                                           # kernelᵀ u, [K]
+        return kernel.T @ u if parts == 1 else torch.bmm(u.view(parts, 1, -1), blocks).sum(dim=(0, 1))
+
     with torch.autocast("cuda" if kernel.is_cuda else "cpu", enabled=False):     # in half precision u and v would overflow
         for i in range(iterations):                                              # prototypes first, tubes second
-            if i:                                                                # rows sum to 1; the last time is the caller's
-                u = (kernel @ v if parts == 1 else torch.bmm(v.expand(parts, 1, -1), blocks.mT).flatten()).reciprocal_()
-            v = u @ kernel if parts == 1 else torch.bmm(u.view(parts, 1, -1), blocks).sum(dim=(0, 1))
-            v = all_reduce(v).reciprocal_()                                      # columns even over the tubes of all ranks
+            u = over_prototypes(v).reciprocal_() if i else u                     # rows sum to 1; the last time is the caller's
+            v = all_reduce(over_tubes(u)).reciprocal_()                          # columns even over the tubes of all ranks
             v = v.div_(v.amax()).clamp_(min=1e-30)                               # a common factor is free: u takes it up
     return kernel, v
 

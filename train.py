@@ -203,7 +203,7 @@ def start_processes(args):
         else:
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
             precision = "bf16" if "amx_bf16" in flags or "avx512_bf16" in flags else "fp32"
-    # Only the decoder sees all N tubes, so pretraining can afford its N x N matrices; an encoder that is fine-tuned could not.
+    # In pretraining only the decoder sees all N tubes: its N x N matrices fit. Those of an encoder that is fine-tuned would not.
     Attention.plain = not cuda and args.mode in ("pretrain", "bench")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     name = torch.cuda.get_device_name(device) if cuda else ""
@@ -306,6 +306,8 @@ def open_run(env, args, parts):
             changed = [f"{name} was {theirs.get(name)}, is {value}" for name, value in curve(args).items() if theirs.get(name) != value]
             if changed:
                 stop_with(f"{path} belongs to another run ({'; '.join(changed)}): use another --out, or the flags of then")
+            for group in checkpoint["optimizer"]["param_groups"]:    # in older checkpoints of CPUs it is None
+                group["fused"] = True
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -325,7 +327,7 @@ def curve(args):
 
 # ============ the training loop, of pretraining and of fine-tuning ============
 
-GIVE_UP = 5   # so many steps in a row whose loss is not finite end a run
+GIVE_UP = 5   # so many steps in a row whose loss or gradients are not finite end a run
 
 
 def parameter_groups(model):
@@ -376,7 +378,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
 
     for group in groups:
         group["lr"] = peak * group.pop("lr_scale", 1.0)
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)      # fused: skips a step without asking the GPU
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas, fused=True)      # fused: leaves a step out, and does not count it, without asking the GPU
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     scaler = loss_scaler(env)
     checkpoint, log = open_run(env, args, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
@@ -393,7 +395,11 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
     sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
     stream = on_device(data.load(train_set, sampler, env.workers, pin_memory=env.device.type == "cuda"), env.device)
     bar = tqdm(total=last, initial=step, disable=env.rank > 0 or not sys.stderr.isatty(), desc="train", unit="step", smoothing=0.05)
-    pending, in_a_row, drawn, failed, met = [], 0, 0, 0, {}
+    pending, in_a_row, moved, drawn, failed, met = [], 0, step, 0, 0, {}
+
+    def left_out():                                                                   # AdamW counts the steps that it took
+        return step - int(optimizer.state[groups[0]["params"][0]]["step"]) if optimizer.state else 0
+    skipped = left_out()
     logged, clock, waited, printed, saved, retry = step, time.monotonic(), 0.0, -math.inf, -math.inf, -math.inf
 
     def save(name):
@@ -455,7 +461,10 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             pending.clear()
             for row in rows:
                 in_a_row = 0 if math.isfinite(row[0]) else in_a_row + 1
-            skipped = step - int(optimizer.state[groups[0]["params"][0]]["step"])     # AdamW counts the steps it took
+            before, skipped = skipped, left_out()
+            if env.precision == "fp16" or skipped - before < step - logged:           # (fp16 may search long for its scale)
+                moved = step
+            in_a_row = max(in_a_row, step - moved)
             seconds = time.monotonic() - clock
             speed, wait = (step - logged) * global_batch * args.accumulate / seconds, waited / seconds
             record = dict(step=step, epoch=(step - 1) // steps_per_epoch, loss=rows[-1][0], lr=lr, clips_per_second=round(speed, 2), data_wait=round(wait, 4),
@@ -466,7 +475,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
                 record["mfu"] = round(speed / env.world * clip_flops / env.peak, 4)
             log.write(**record)
             if in_a_row >= GIVE_UP:
-                stop_with(f"the loss of the last {in_a_row} steps is not finite; the last good checkpoint is {args.out / 'checkpoint.pt'}. Try a lower --lr, or --precision bf16", code=1)
+                stop_with(f"the loss or the gradients of the last {in_a_row} steps are not finite; the last good checkpoint is {args.out / 'checkpoint.pt'}. Try a lower --lr, or --precision bf16", code=1)
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, {speed:.1f} clips/s, {wait:.0%} waiting for data")
             if bar.disable and (time.monotonic() - printed > 10 or step == last):
                 mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
@@ -1200,8 +1209,7 @@ def bench(env, args):
 
     Printed: clips a second over all ranks, MFU where the device's peak is known, the share of what a large matrix product
     reaches, peak memory of a process, and the parts' milliseconds a clip; medians on a CPU, means on a GPU, which is waited
-    for at the end alone. The parts run one after
-    another and uncompiled, so they need not add up to the step.
+    for at the end alone. The parts run one after another and uncompiled, so they need not add up to the step.
     """
     torch.manual_seed(args.seed)
     model = make_model(args).to(env.device)
@@ -1259,11 +1267,12 @@ def bench(env, args):
     say(env, f"SIGMA {args.size}, target {args.target}, loss {args.loss}, {args.prototypes} prototypes; {env.world} x {args.batch_size} clips of {args.frames} frames of {args.image_size} pixels; "
              f"{env.precision} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}{', compiled' if args.compile else ''}")
     with env.autocast():                                         # what the device reaches where nothing but products is asked of it
-        square = torch.randn(4096, 4096, device=env.device) / 64
+        n = 8192 if cuda else 2048
+        square = torch.randn(n, n, device=env.device) / n ** 0.5
         square = square @ square                                 # now in autocast's type
-        product = 2 * 4096 ** 3 / seconds_of(lambda: square @ square)
+        product = 2 * n ** 3 / seconds_of(lambda: square @ square)
     say(env, f"{speed:.2f} clips/s, {1000 * seconds:.1f} ms a step; {args.clip_flops / 1e9:.1f} GFLOP a clip, {flops / 1e12:.3f} TFLOP/s a process"
-             f"{f', MFU {flops / env.peak:.1%}' if env.peak else ''}, {flops / product:.0%} of a large matrix product's {product / 1e12:.3f}; {memory / 2 ** 30:.2f} GiB a process at most")
+             f"{f', MFU {flops / env.peak:.1%}' if env.peak else ''}, {flops / product:.0%} of a large matrix product's {product / 1e12:.3f} TFLOP/s; {memory / 2 ** 30:.2f} GiB a process at most")
 
     visible, masked = split_mask(mask, env.device)
     video = data.normalize(clips)
