@@ -1615,16 +1615,15 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(uninterrupted,
 
 def test_two_processes_stop_and_resume_together(uninterrupted, two_classes, tmp_path):
     """And two processes with half the batch each are the run of one process, up to rounding."""
-    for name, interrupt in (("whole", False), ("run", True)):
-        process = train_apart(two_classes, tmp_path / name, "--batch-size", "2", nproc=2)
-        if interrupt:
-            wait_for(lambda: len(read_lines(tmp_path / "run")) >= 3, process)
-            process.send_signal(signal.SIGTERM)
-            output = process.communicate()[0]
-            assert process.returncode != 0 and "stopped after step" in output and "by signal 15" in output, output
-            process = train_apart(two_classes, tmp_path / name, "--batch-size", "2", "--val", str(two_classes), nproc=2)
+    whole, process = (train_apart(two_classes, tmp_path / name, "--batch-size", "2", nproc=2) for name in ("whole", "run"))    # side by side, to save time
+    wait_for(lambda: len(read_lines(tmp_path / "run")) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode != 0 and "stopped after step" in output and "by signal 15" in output, output
+    process = train_apart(two_classes, tmp_path / "run", "--batch-size", "2", "--val", str(two_classes), nproc=2)
+    for process, evaluated in ((whole, False), (process, True)):
         output = process.communicate()[0]
-        assert process.returncode == 0 and ("k-NN top-1 at step 12" in output) == interrupt, output
+        assert process.returncode == 0 and ("k-NN top-1 at step 12" in output) == evaluated, output
     same_run(tmp_path / "run", tmp_path / "whole")
     two, one = losses(read_log(tmp_path / "whole")), losses(read_log(uninterrupted))
     assert [two[s] for s in range(1, 5)] == pytest.approx([one[s] for s in range(1, 5)], rel=1e-3)
