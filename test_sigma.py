@@ -1706,18 +1706,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_counted(two_classes, tmp_
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
-def test_gradients_that_are_never_finite_end_the_run(two_classes, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("precision, steps", [("fp32", 1), ("fp16", 10)])
+def test_gradients_that_are_never_finite_end_the_run(two_classes, tmp_path, monkeypatch, capsys, precision, steps):
     forward = SIGMA.forward
+    monkeypatch.setattr(train, "GIVE_UP", 1)
 
     def steep(self, video, mask):                                # a root of 0: its value is 0, its slope is not finite
         loss, stats = forward(self, video, mask)
         return loss + (loss - loss.detach()).square().sqrt(), stats
     monkeypatch.setattr(SIGMA, "forward", steep)
     with pytest.raises(SystemExit) as stopped:
-        train_here(two_classes, tmp_path / "run")
+        train_here(two_classes, tmp_path / "run", "--precision", precision)
     log = read_log(tmp_path / "run")
     assert stopped.value.code == 1 and "gradients" in capsys.readouterr().err
-    assert log[-1]["skipped"] == log[-1]["step"] == train.GIVE_UP and log[-1]["loss"] is not None
+    assert log[-1]["skipped"] == log[-1]["step"] == steps and log[-1]["loss"] is not None
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

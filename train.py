@@ -397,7 +397,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
     bar = tqdm(total=last, initial=step, disable=env.rank > 0 or not sys.stderr.isatty(), desc="train", unit="step", smoothing=0.05)
     pending, in_a_row, moved, drawn, failed, met = [], 0, step, 0, 0, {}
 
-    def left_out():                                                                   # AdamW counts the steps that it took
+    def left_out():     # AdamW counts the steps that it took, for every parameter with a gradient, as its first always has
         return step - int(optimizer.state[groups[0]["params"][0]]["step"]) if optimizer.state else 0
     skipped = left_out()
     logged, clock, waited, printed, saved, retry = step, time.monotonic(), 0.0, -math.inf, -math.inf, -math.inf
@@ -462,9 +462,9 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             for row in rows:
                 in_a_row = 0 if math.isfinite(row[0]) else in_a_row + 1
             before, skipped = skipped, left_out()
-            if env.precision == "fp16" or skipped - before < step - logged:           # (fp16 may search long for its scale)
+            if skipped - before < step - logged:
                 moved = step
-            in_a_row = max(in_a_row, step - moved)
+            patience = 10 * GIVE_UP if env.precision == "fp16" else GIVE_UP           # fp16 first halves its scale until nothing overflows
             seconds = time.monotonic() - clock
             speed, wait = (step - logged) * global_batch * args.accumulate / seconds, waited / seconds
             record = dict(step=step, epoch=(step - 1) // steps_per_epoch, loss=rows[-1][0], lr=lr, clips_per_second=round(speed, 2), data_wait=round(wait, 4),
@@ -474,8 +474,8 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
             if env.peak and clip_flops:
                 record["mfu"] = round(speed / env.world * clip_flops / env.peak, 4)
             log.write(**record)
-            if in_a_row >= GIVE_UP:
-                stop_with(f"the loss or the gradients of the last {in_a_row} steps are not finite; the last good checkpoint is {args.out / 'checkpoint.pt'}. Try a lower --lr, or --precision bf16", code=1)
+            if in_a_row >= GIVE_UP or step - moved >= patience:
+                stop_with(f"the loss or the gradients of the last {max(in_a_row, step - moved)} steps are not finite; the last good checkpoint is {args.out / 'checkpoint.pt'}. Try a lower --lr, or --precision bf16", code=1)
             bar.set_postfix_str(f"loss {rows[-1][0]:.3f}, {speed:.1f} clips/s, {wait:.0%} waiting for data")
             if bar.disable and (time.monotonic() - printed > 10 or step == last):
                 mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
