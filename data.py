@@ -45,9 +45,11 @@ from tqdm import tqdm
 av.logging.set_level(av.logging.PANIC)           # libav writes a line per damaged frame; VideoError says it once
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv", ".gif")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 8192 * 8192                         # of one frame: a damaged header can ask for any amount of memory
 MAX_KEPT_BYTES = 64 << 20                        # files up to this size are read once, larger ones a second time
 READ_SECONDS = 120                               # after which a worker's decoder is taken to hang
+START_SECONDS = 60                               # after which a worker that has not started is taken to hang
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 ATTEMPTS = 20                                    # draws of a video before a data set counts as mostly unreadable
 
@@ -514,7 +516,7 @@ class Clips(torch.utils.data.Dataset):
         self.seed, self.train, self.repeats, self.views, self.mask = seed, train, repeats, views, mask
         self.draw_crop, self.transform = draw_crop, transform
         self.bad = {}                            # video number -> reason: what need not be tried again
-        self.board = None                        # shared int64 [workers]: the video each worker is reading, -1 for none
+        self.board = None                        # shared int64 [workers]: the video each is reading, -1 idle, -2 not started
 
     def __len__(self):
         return len(self.videos)
@@ -586,7 +588,7 @@ def collate(items):
 def normalize(video, dtype=torch.float32):
     """uint8 [B, 3, T, H, W] -> ImageNet-normalised, of `dtype`, on the video's device."""
     mean, std = (torch.stack([video.new_full((), value, dtype=torch.float32) for value in values]).view(3, 1, 1, 1)    # filled, not copied:
-                 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))                                         # nothing waits for the GPU
+                 for values in (IMAGENET_MEAN, IMAGENET_STD))                                                          # nothing waits for the GPU
     return (video * (1 / (255 * std)) - mean / std).to(dtype)
 
 
@@ -656,6 +658,26 @@ def announced(board, video, seconds=None):
         board[worker.id] = -1
 
 
+def report_start(worker):
+    torch.utils.data.get_worker_info().dataset.board[worker] = -1
+
+
+def hung_starts(workers, board):
+    """Waits until every worker has reported its start -> those that still have not after START_SECONDS.
+
+    A fork copies the locks that other threads hold at that moment, and nobody in the child releases them: Python before
+    3.12 can wait for one forever as it starts, and so can libraries.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while hung := [worker for worker, state in zip(workers, board.tolist()) if state == -2]:
+        if not all(worker.is_alive() for worker in workers):
+            return []                                                 # the next batch says what ended them
+        if time.monotonic() > deadline:
+            return hung
+        time.sleep(0.01)
+    return []
+
+
 CRASHES = {signal.SIGALRM: "its decoder hung"} | dict.fromkeys(
     (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL), "its decoder crashed")
 
@@ -665,11 +687,13 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
 
     A video that hangs or crashes its worker is noted as unreadable in clips.bad, the workers are started afresh, and the
     same batch is made again with another draw. With workers=0 such a video takes the program down. Raises VideoError
-    if most videos are unreadable and WorkerError if a worker is killed from outside (out of memory, for instance).
+    if most videos are unreadable and WorkerError if a worker is killed from outside (out of memory, for instance) or if
+    workers do not start, three times running.
     """
+    failed = 0
     while True:
-        clips.board = torch.full((max(1, workers),), -1).share_memory_()
-        loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory)
+        clips.board = torch.full((max(1, workers),), -2).share_memory_()
+        loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=collate, pin_memory=pin_memory, worker_init_fn=report_start)
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
         # torch would raise a worker's death from a signal handler, anywhere in the caller's code, a half-done optimiser
@@ -677,6 +701,16 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         try:
+            if hung := hung_starts(getattr(batches, "_workers", []), clips.board):
+                failed += 1
+                message = f"{len(hung)} of {workers} loader workers did not start within {START_SECONDS} s"
+                for worker in hung:
+                    worker.kill()
+                if failed == 3:
+                    raise WorkerError(f"{message}, three times running: try fewer --workers")
+                tqdm.write(f"warning: {message}; they are started again")
+                continue
+            failed = 0
             while True:
                 try:
                     batch = next(batches)
