@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from sigma import IMAGENET_MEAN, SIZES, SIGMA, TEACHERS, TUBELET, Attention, Encoder, all_reduce, load_checkpoint, patchify, sinkhorn, sinkhorn_argmax, split_mask, take_tubes, tube_mask
+from sigma import SIZES, SIGMA, TEACHERS, TUBELET, Attention, Encoder, all_reduce, load_checkpoint, patchify, sinkhorn, sinkhorn_argmax, split_mask, take_tubes, tube_mask
 
 # ============ flags ============
 
@@ -903,7 +903,7 @@ def augmentation(flip):
     the magnitude; erased is to ImageNet's mean, not to noise, as the clip is still uint8.
     """
     from torchvision.transforms import v2                        # here, for it takes two seconds that only fine-tuning needs
-    mean = [round(255 * m) for m in IMAGENET_MEAN]
+    mean = [round(255 * m) for m in data.IMAGENET_MEAN]
     one = v2.RandomApply([v2.RandAugment(1, 7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)], p=0.5)
     return v2.Compose([one] * 4 + [v2.RandomHorizontalFlip(0.5 if flip else 0.0), v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean)])
 
