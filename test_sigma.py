@@ -1850,6 +1850,18 @@ def test_foreign_and_torn_checkpoints_are_refused_in_one_line(two_classes, tmp_p
     assert "does not fit this run" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_resumes(two_classes, tmp_path):
+    for name in ("old", "new"):
+        train_here(two_classes, tmp_path / name, "--steps", "2")
+    content = sigma.load_checkpoint(tmp_path / "old" / "checkpoint.pt")
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(content, tmp_path / "old" / "checkpoint.pt")
+    for name in ("old", "new"):
+        train_here(two_classes, tmp_path / name, "--steps", "4")
+    same_run(tmp_path / "old", tmp_path / "new")
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--frames", "0"], "--frames"), (["--frames", "15"], "multiple of 2"), (["--image-size", "100"], "--image-size"), (["--mask-ratio", "1"], "--mask-ratio"), (["--mask-ratio", "0"], "--mask-ratio"),
     (["--mask-ratio", "nan"], "--mask-ratio"), (["--prototypes", "0"], "--prototypes"), (["--size", "giant"], "invalid choice"), (["--eps", "0"], "--eps"), (["--eps", "nan"], "--eps"),
