@@ -704,8 +704,6 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
             if hung := hung_starts(getattr(batches, "_workers", []), clips.board):
                 failed += 1
                 message = f"{len(hung)} of {workers} loader workers did not start within {START_SECONDS} s"
-                for worker in hung:
-                    worker.kill()
                 if failed == 3:
                     raise WorkerError(f"{message}, three times running: try fewer --workers")
                 tqdm.write(f"warning: {message}; they are started again")
@@ -730,6 +728,9 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
                 raise WorkerError(f"a loader worker was ended from outside ({ended}); out of memory?") from None
             clips.bad.update(blamed)
         finally:
+            for worker, state in zip(getattr(batches, "_workers", []), clips.board.tolist()):
+                if state == -2:                                       # a lock keeps SIGTERM from it, and the program's exit would wait for it
+                    worker.kill()
             del batches, loader                                       # ends the other workers
 
 
