@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import math
+import multiprocessing.queues
 import operator
 import os
 import re
@@ -659,6 +660,8 @@ def announced(board, video, seconds=None):
 
 
 def report_start(worker):
+    """Without room in /dev/shm Python would drop a batch, and who waits for it would wait forever: better to end."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     torch.utils.data.get_worker_info().dataset.board[worker] = -1
 
 
@@ -679,7 +682,7 @@ def hung_starts(workers, board):
 
 
 CRASHES = {signal.SIGALRM: "its decoder hung"} | dict.fromkeys(
-    (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL), "its decoder crashed")
+    (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL), "its decoder crashed")
 
 
 def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
@@ -718,14 +721,18 @@ def load(clips, sampler, workers=0, pin_memory=False, collate=collate):
                 yield batch
         except VideoError as error:                                   # a worker's comes with its traceback in the text
             raise VideoError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
-        except RuntimeError:
-            dead = [(i, -w.exitcode) for i, w in enumerate(getattr(batches, "_workers", [])) if w.exitcode]
+        except (RuntimeError, OSError, EOFError) as error:
+            started = getattr(batches, "_workers", [])
+            deadline = time.monotonic() + 5                           # a worker that ends as it hands over a batch cuts the connection first
+            while started and not isinstance(error, RuntimeError) and all(worker.is_alive() for worker in started) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            dead = [(i, -worker.exitcode) for i, worker in enumerate(started) if worker.exitcode]
             blamed = [(int(clips.board[i]), CRASHES[code]) for i, code in dead if code in CRASHES and clips.board[i] >= 0]
             if not dead:
                 raise
             if len(blamed) < len(dead):
                 ended = ", ".join(f"signal {code}" if code > 0 else f"exit code {-code}" for _, code in dead)
-                raise WorkerError(f"a loader worker was ended from outside ({ended}); out of memory?") from None
+                raise WorkerError(f"a loader worker has ended ({ended}): out of memory, or of shared memory in /dev/shm (docker's --shm-size)?") from None
             clips.bad.update(blamed)
         finally:
             for worker, state in zip(getattr(batches, "_workers", []), clips.board.tolist()):

@@ -64,6 +64,7 @@ def tube_mask(batch, frames, patches, ratio=0.9, device=None, generator=None):
     return masked.repeat(1, frames)                              # the same in every frame: a tube
 
 
+@torch.compiler.disable      # its numbers are the host's: torch.compile traces around it
 def split_mask(mask, device):
     """bool [B, N] -> ascending tube indices of the visible [B, n] and of the masked [B, M] tubes, on `device`.
 
@@ -126,7 +127,7 @@ class Attention(torch.nn.Module):
         if bias is None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = torch.nn.functional.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, heads, width/heads]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # 3 x [B, heads, N, width/heads]
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))                          # 3 x [B, heads, N, width/heads]
         if self.plain and self.training:
             x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v   # softmax(qkᵀ/√d) v
         else:
@@ -378,6 +379,7 @@ class SIGMA(torch.nn.Module):
             weights = load_checkpoint(path)
         try:
             self.teacher.load_state_dict(weights)
+            self.teacher_checked = True
         except RuntimeError:
             raise ValueError(f"{path or 'what came from ' + self.teacher_url}: not the weights of this DINO network; they are at {self.teacher_url}") from None
 
@@ -452,8 +454,7 @@ class SIGMA(torch.nn.Module):
             stats = {} if self.target == "pixel" else {"spread": self.usage(unit_phi)[1]}
             return torch.nn.functional.mse_loss(x_psi.float(), x_phi.float()), stats  # mean over F too: a constant factor
 
-        with torch.no_grad():   # c on the unit sphere, in place as the release: no gradient goes through the normalisation
-            self.prototypes.data.copy_(torch.nn.functional.normalize(self.prototypes, dim=-1))
+        self.normalize_prototypes()
         # x̃/τ, divided while it is F numbers a tube and not K: at K = 3000 the division would cost 4% of a CPU's step.
         unit_psi = torch.nn.functional.normalize(x_psi.float(), dim=-1)
         scores_phi = (unit_phi / self.temperature @ self.prototypes.T).float()           # x̃^φ/τ [B*M, K]
@@ -467,6 +468,12 @@ class SIGMA(torch.nn.Module):
         stats = {"loss_video": loss_video.detach(), "loss_projection": loss_projection.detach(),
                  "agreement": (hard_phi == hard_psi).float().mean(), "perplexity": perplexity, "spread": spread}
         return loss_video + loss_projection, stats
+
+    @torch.compiler.disable      # DDP with torch.compile cuts the graph by the parameters' sizes, and may cut in here
+    @torch.no_grad()
+    def normalize_prototypes(self):
+        """c on the unit sphere, in place as the release: no gradient goes through the normalisation."""
+        self.prototypes.copy_(torch.nn.functional.normalize(self.prototypes, dim=-1))
 
     @torch.no_grad()
     def usage(self, unit_phi, scores=None):

@@ -571,6 +571,23 @@ def test_compiled_it_is_the_same_model():
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-3)
 
 
+def test_compiled_over_processes_it_is_the_same_model(tmp_path):
+    """DDP cuts the compiled graph into its buckets: with buckets smaller than the prototypes, between their uses too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        results = []
+        for compiled in (False, True):
+            model = torch.nn.parallel.DistributedDataParallel(tiny(num_prototypes=8192), bucket_cap_mb=1)
+            for _ in range(2):
+                model.zero_grad()
+                loss, _ = (torch.compile(model, backend="aot_eager") if compiled else model)(*clip())
+                loss.backward()
+            results.append([loss.detach(), model.module.prototypes.grad.clone(), model.module.decoder.head.weight.grad.clone()])
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-3)
+
+
 def test_plain_attention_gives_the_same_numbers(monkeypatch):
     """In fp32 the same output and gradients as PyTorch's fused attention, but for rounding; in bf16 about as far from them as the fused one is."""
     results = {}
@@ -1331,6 +1348,25 @@ def test_a_worker_that_hangs_in_its_fork(dataset, hanging, seconds, monkeypatch,
     assert len(forks) == max(2, hanging) and "they are started again" in capsys.readouterr().out
 
 
+def test_a_worker_that_ends_while_it_hands_over_a_batch(dataset, monkeypatch):
+    """Then the connection breaks before torch notices that the worker is gone."""
+    def broken(self, timeout=5.0):
+        os.kill(self._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", broken)
+    with pytest.raises(data.WorkerError, match="signal 9"):
+        next(data.load(data.Clips(data.find_videos(dataset), 4, 2, 32), data.EpochSampler(6, 3), workers=2))
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker(dataset, monkeypatch):
+    """As where /dev/shm is full: Python drops it with a message, and would let the run wait forever."""
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(loader._try_get_data, "__defaults__", (0.3,))
+    clips = data.Clips(data.find_videos(dataset), 4, 2, 32)
+    with pytest.raises(data.WorkerError, match="exit code 1.*/dev/shm"):
+        next(data.load(clips, data.EpochSampler(6, 3), workers=1, collate=lambda items: lambda: None))
+
+
 def test_sampler_covers_each_epoch_once_over_the_ranks():
     length, steps = 23, 5
     ranks = [data.EpochSampler(length, 2, rank, 2, seed=3, stop=10) for rank in range(2)]
@@ -1567,6 +1603,13 @@ def two_classes(tmp_path_factory):
     for i in range(8):
         write_clip(root / "ab"[i % 2] / f"{i}.mp4", i)
     return root
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Also where there is a GPU: what these tests expect, bit for bit in some, is a CPU's."""
+    if "on_the_gpu" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -1910,8 +1953,10 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(two_classes, tmp_path, 
 
 
 def test_fp16_shows_its_loss_scale(two_classes, tmp_path):
+    """A run that goes on in fp16 too starts at the scale of one: at that of the others, which is 1, small gradients are 0."""
+    train_here(two_classes, tmp_path / "run", "--precision", "fp32", "--steps", "1")
     log = train_here(two_classes, tmp_path / "run", "--precision", "fp16", "--steps", "2")
-    assert log[-1]["loss_scale"] > 0 and math.isfinite(log[-1]["loss"])
+    assert log[-1]["loss_scale"] > 1000 and math.isfinite(log[-1]["loss"])
 
 
 @beside

@@ -148,7 +148,7 @@ def parse_args(argv=None):
 # ============ processes and devices ============
 
 # Peak of dense bf16/fp16 matrix products in FLOP/s, from the makers' data sheets, for MFU. Unknown cards show none.
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "A10G": 70e12,
+PEAK_FLOPS = {"B200": 2.25e15, "H200 NVL": 835e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "A10G": 70e12,
               "A10": 125e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 
@@ -382,6 +382,8 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     scaler = loss_scaler(env)
     checkpoint, log = open_run(env, args, {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler})
+    if env.precision == "fp16" and scaler.get_scale() == 1:                           # resumed from another precision: at 1 small gradients would be 0
+        scaler = loss_scaler(env)
     step, unreadable = (checkpoint["step"], checkpoint["unreadable"]) if checkpoint else (0, {})
     del checkpoint                                                                    # or it would stay in memory for the run
     evaluated = {record["step"] for record in log.records if "eval" in record}
@@ -413,7 +415,7 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate, at_epoc
         asked, trouble = time.monotonic(), None
         try:
             micro_batches = [next(stream) for _ in range(args.accumulate)]
-        except (data.VideoError, RuntimeError) as error:
+        except (data.VideoError, RuntimeError, OSError, EOFError) as error:
             trouble = error
         waited += time.monotonic() - asked
         if 2 * len(met) > len(train_set.videos) or drawn >= 100 and failed > drawn:
