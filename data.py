@@ -659,9 +659,15 @@ def announced(board, video, seconds=None):
         board[worker.id] = -1
 
 
+def cannot_send(error, batch):
+    """Ends a worker whose batch cannot be handed over: Python would drop the batch, and the run would wait for it forever."""
+    print(f"a loader worker could not hand over a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def report_start(worker):
-    """Without room in /dev/shm Python would drop a batch, and who waits for it would wait forever: better to end."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    """What a worker does first: hung_starts waits for it."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(cannot_send)
     torch.utils.data.get_worker_info().dataset.board[worker] = -1
 
 
@@ -681,6 +687,7 @@ def hung_starts(workers, board):
     return []
 
 
+# Without SIGBUS: that is a full /dev/shm, not the video.
 CRASHES = {signal.SIGALRM: "its decoder hung"} | dict.fromkeys(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL), "its decoder crashed")
 

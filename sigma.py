@@ -30,7 +30,7 @@ import warnings
 import torch
 
 TUBELET = 2                                      # frames in a tube, at every size
-IMAGENET_STD = (0.229, 0.224, 0.225)              # red, green, blue
+IMAGENET_STD = (0.229, 0.224, 0.225)             # red, green, blue
 
 # Ψ's shape at each size; decoder heads are 64 wide as well. `tiny` is ours, for 48-pixel clips on a laptop.
 #          patch | encoder: width depth heads | decoder: width depth heads | φ: hidden widths and F
@@ -94,8 +94,8 @@ def patchify(video, patch):
 def normalize_tubes(tubes):
     """ImageNet-normalised tubes [..., P] -> each tube and channel to mean 0, deviation 1: the target of MAE and VideoMAE.
 
-    The release undoes the ImageNet normalisation first, x·std + mean. Standardising undoes that again, but for the 1e-6
-    beside the deviation, which is on the scale of [0, 1]: here it is moved instead of x. Unbiased variance.
+    The release first undoes the ImageNet normalisation, x·std + mean, which standardising would cancel but for its 1e-6
+    beside the deviation: here that is brought to the scale of x, and x is read half as often. Unbiased variance.
     """
     x = tubes.unflatten(-1, (-1, 3)).float()                                     # [..., positions, 3]
     x = x - x.mean(dim=-2, keepdim=True, dtype=torch.float64).float()            # float64: a tube of one colour is exactly 0

@@ -705,6 +705,12 @@ def test_load_checkpoint_reads_the_authors_files_and_refuses_code(tmp_path, monk
     assert not (tmp_path / "ran").exists()
 
 
+def test_checkpoints_are_read_in_several_threads(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=1.0)}, tmp_path / "authors.pth")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(content["args"].lr == 1.0 for content in pool.map(sigma.load_checkpoint, [tmp_path / "authors.pth"] * 1000))
+
+
 W, H, N = 128, 96, 70                            # of most test videos: width, height, frames
 
 
@@ -1358,13 +1364,14 @@ def test_a_worker_that_ends_while_it_hands_over_a_batch(dataset, monkeypatch):
         next(data.load(data.Clips(data.find_videos(dataset), 4, 2, 32), data.EpochSampler(6, 3), workers=2))
 
 
-def test_a_batch_that_cannot_be_sent_ends_the_worker(dataset, monkeypatch):
+def test_a_batch_that_cannot_be_sent_ends_the_worker(dataset, monkeypatch, capfd):
     """As where /dev/shm is full: Python drops it with a message, and would let the run wait forever."""
     loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr(loader._try_get_data, "__defaults__", (0.3,))
     clips = data.Clips(data.find_videos(dataset), 4, 2, 32)
     with pytest.raises(data.WorkerError, match="exit code 1.*/dev/shm"):
         next(data.load(clips, data.EpochSampler(6, 3), workers=1, collate=lambda items: lambda: None))
+    assert "could not hand over a batch: " in capfd.readouterr().err
 
 
 def test_sampler_covers_each_epoch_once_over_the_ranks():
