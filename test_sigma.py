@@ -2270,8 +2270,8 @@ def test_the_readme_names_what_there_is():
     """Its flags are flags, the pieces it names are pieces, the pictures and files it links to are there."""
     readme = (HERE / "README.md").read_text()
     flags = {"data", "probe", "finetune", "segment", "bench", "help", *train.FLAGS}
-    others = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts", "shm-size", "ipc",
-              "rate"}
+    others = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "max-restarts",
+              "shm-size", "ipc", "rate", "seconds"}
     assert set(re.findall(r"--([a-z][a-z_-]+)", readme)) <= flags | others
     table = readme[readme.index("## The paper beside the code"):readme.index("## Pretraining")]
     cells = "".join(line.split("|")[-2] for line in table.splitlines() if "`" in line)
