@@ -99,9 +99,11 @@ def fit(env, args, model, groups, betas, train_set, objective, evaluate):
         # ---- once in a while: what was learned so far. A kill here loses nothing: all is saved ----
         if evaluation_due(step) and step != run.evaluated:
             env.in_loop = False
+            if env.stop:                         # a signal that came during the step: all is saved
+                raise SystemExit(128 + env.stop)
             evaluate(run.log, step)
             run.draw_curve()
-        if step == last:
+        if step >= last:
             break
         env.in_loop = True                       # from here on a signal waits until the step is done
 
@@ -190,6 +192,12 @@ def pretrain(env, args):
         return model(video, batch["mask"])
 
     def evaluate(log, step):
+        # Pictures first: the line of k-NN says that this evaluation is done and not made again.
+        for draw in (preview, prototype_sheet) if step else ():
+            try:
+                draw(env, args, model, shown_set)
+            except Stop as reason:               # none of the few videos can be read: worth no stop
+                say(env, f"warning: {reason.message}")
         if val_videos is not None:
             # It needs no training, and so can be watched while a run goes.
             queries = bank = features(env, args, model, val_videos)
@@ -199,9 +207,6 @@ def pretrain(env, args):
             top1 = knn(*bank, *queries, env=env)
             log.write(eval="knn", step=step, top1=round(top1, 2))
             say(env, f"k-NN top-1 at step {step}: {top1:.1f}%")
-        if step:
-            preview(env, args, model, shown_set)
-            prototype_sheet(env, args, model, shown_set)
 
     # β₂ is 0.95, as MAE's and VideoMAE's.
     fit(env, args, model, parameter_groups(model), (0.9, 0.95), train_set, objective, evaluate)
@@ -330,7 +335,7 @@ class Run:
             return sum(values) / len(values) if values else math.nan
 
         news = [f"{name} {mean(name):{digits}}" for name, digits in NEWS.items() if name in records[-1]]
-        left = (self.last - step) * self.args.clips_a_step / mean("clips_per_second")
+        left = (self.last - step) * self.args.clips_a_step / max(0.01, mean("clips_per_second"))
         news += [f"{mean('clips_per_second'):.1f} clips/s", f"waiting for data {mean('data_wait'):.0%}",
                  f"ETA {datetime.timedelta(seconds=int(left))}"]
         if unreadable:
@@ -626,8 +631,9 @@ def load_teacher(env, args, model):
         with agreed():
             if (env.local > 0) == later:
                 try:
-                    model.teacher.load_state_dict(load_checkpoint(path) if path else
-                                                  torch.hub.load_state_dict_from_url(url, map_location="cpu"))
+                    model.teacher.load_state_dict(
+                        load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(
+                            url, map_location="cpu", weights_only=True))
                 except (OSError, RuntimeError) as error:
                     reason = str(error).splitlines()[0]
                     raise ValueError(f"{path or url}: no weights of DINO's {args.teacher} ({reason}); fetch "
@@ -1087,7 +1093,8 @@ def segment(env, args):
         objects = len(truth[truth != IGNORED].unique())
         # A background alone is no segmentation.
         k, scores = objects if objects > 1 else 4, [math.nan, math.nan]
-        few, many = (kmeans(tokens, n, args.seed).cpu().view(model.grid) for n in (k, 10))
+        with torch.autocast(env.device.type, enabled=False):     # its small differences need float32
+            few, many = (kmeans(tokens, n, args.seed).cpu().view(model.grid) for n in (k, 10))
         if objects > 1:
             matched, column = match_one_to_one(overlap(truth, few, k))
             few = torch.tensor(column).argsort()[few]            # a cluster gets its object's number
@@ -1109,8 +1116,9 @@ def segment(env, args):
     else:
         say(env, f"{source} has no masks to compare with: only pictures")
     # Last, for it needs φ: where DINO cannot be had, all else is done.
-    load_teacher(env, args, model)
-    prototype_sheet(env, args, model, clips)
+    if args.loss == "sigma":
+        load_teacher(env, args, model)
+        prototype_sheet(env, args, model, clips)
 
 
 def segment_rows(item, scores, few, many):
