@@ -1457,6 +1457,11 @@ def run_here(videos, out, *flags):
     return read_log(out)
 
 
+def test_fewer_steps_than_are_done_is_done(two_classes, tmp_path):
+    log = run_here(two_classes, tmp_path / "run", "--steps", 3)
+    assert run_here(two_classes, tmp_path / "run", "--steps", 2) == log
+
+
 def child(said, environ, arguments, file_size):
     """What a process of `apart` does."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 1)
