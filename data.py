@@ -5,10 +5,11 @@
     python data.py demo DIR          writes the demo's videos
 
 From a file to a batch, in this order: video, clip, data set, loader. Frame n is the n-th of a full decode.
-Every clip, crop and mask is a function of (seed, epoch, index), whatever the number of workers. A broken file
-never becomes a wrong picture in silence: it is reported, and replaced by another draw."""
+Every clip, crop and mask is a function of (seed, epoch, index), whatever the number of workers. A broken
+file never becomes a wrong picture in silence: it is reported, and replaced by another draw."""
 import argparse
 import bisect
+import collections
 import colorsys
 import contextlib
 import functools
@@ -43,12 +44,11 @@ av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame;
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # What libav may take a file for; not playlists (concat, hls, dash), which open other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192   # of one frame: a damaged header can ask for any amount of memory
-MAX_KEPT_BYTES = 64 << 20  # files up to this size are read once, larger ones a second time
-READ_SECONDS = 120         # after which a worker's decoder is taken to hang
-IDLE_SECONDS = 60          # without a batch while no worker reads, after which something is wrong
-WATCH_SECONDS = 1          # how often the loader looks after its workers while it waits
-ATTEMPTS = 20              # draws of a video, or starts of the workers, that may fail in a row
+MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
+READ_SECONDS = 120        # after which a worker's decoder is taken to hang
+IDLE_SECONDS = 60         # without a batch while no worker reads, after which something is wrong
+WATCH_SECONDS = 1         # how often the loader looks after its workers while it waits
+ATTEMPTS = 20             # draws of a video, or starts of the workers, that may fail in a row
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -72,7 +72,6 @@ def file_errors():
 
 
 # ============ video: any frame of a file, exactly ============
-
 def before(time, other):
     """Whether one time lies before another; either may be unknown (None)."""
     return None not in (time, other) and time < other
@@ -81,35 +80,31 @@ def before(time, other):
 class Video(contextlib.AbstractContextManager):
     """An open video: `frames` is how many it shows, `read` decodes any of them. A context manager.
 
-    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of showing
-    (`timed`), frame n is that of packet shown[n], and only what leads to it from a keyframe is decoded.
-    Elsewhere the decoder's order is the truth: frames are counted from the beginning. Raises VideoError."""
+    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of
+    showing (`timed`), frame n is that of packet shown[n], and only what leads to it from a keyframe is
+    decoded. Elsewhere the decoder's order is the truth: frames are counted. Raises VideoError."""
     def __init__(self, path):
         with file_errors():
-            self.path, size = os.fspath(path), os.path.getsize(path)
-            if not os.path.isfile(path) or size == 0:  # opening a pipe would wait for ever
+            if os.path.getsize(path) == 0 or not os.path.isfile(path):  # opening a pipe would wait for ever
                 raise VideoError("is empty, or no regular file")
-            self.keep = size <= MAX_KEPT_BYTES  # the packets, in memory
-            self._open()
+            # A name with a colon is no address ("file:"), and no file leads to another.
+            limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+            path = "file:" + os.fspath(path)
+            self.container = av.open(path, metadata_errors="ignore", container_options=limits)
+            self.stream = self.container.streams.best("video")  # the first may be a cover picture
+            self.codec = self.stream and self.stream.codec_context
+            if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
+                raise VideoError("it has no video stream that FFmpeg can decode")
+            self.codec.thread_count = 1  # the loader's workers are the parallelism
+            # explode: complain about damage instead of painting over it with pieces of other frames
+            self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
             self._index()
 
     def __exit__(self, *_):
         self.container.close()
 
-    def _open(self):
-        # A name with a colon is no address ("file:"), and no file leads to another.
-        limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        self.container = av.open("file:" + self.path, metadata_errors="ignore", container_options=limits)
-        self.stream = self.container.streams.best("video")  # the first may be a cover picture
-        self.codec = self.stream and self.stream.codec_context
-        if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
-            raise VideoError("it has no video stream that FFmpeg can decode")
-        self.codec.thread_count = 1  # the loader's workers are the parallelism
-        # explode: complain about damage instead of painting over it with pieces of other frames
-        self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
-
     def _index(self):
-        """Demuxes the whole file: time and kind of every packet of the video."""
+        """Demuxes the whole file into memory: time and kind of every packet of the video."""
         rows, last, self.cut, mine, vp8 = [], None, None, self.stream.index, self.codec.name == "vp8"
         try:
             for packet in self.container.demux():
@@ -117,7 +112,7 @@ class Video(contextlib.AbstractContextManager):
                 if packet.size and packet.stream.index == mine:
                     # cut off by an edit list, or one of VP8's hidden references (RFC 6386, section 9.1)
                     hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
-                    rows.append((packet.pts, packet.is_keyframe, hidden, packet if self.keep else None))
+                    rows.append((packet, packet.pts, hidden))
         except (av.FFmpegError, OSError) as error:  # what came before is good; its end is not the video's
             self.cut = error.strerror or str(error)
         # A file that was cut off ends in half a packet, of any stream. (Headers' numbers of frames tell
@@ -125,8 +120,8 @@ class Video(contextlib.AbstractContextManager):
         if last is not None and last.is_corrupt:
             self.cut = self.cut or "the file ends in the middle of a frame"
             rows = rows[:-1] if last.stream.index == mine else rows
-        self.pts, keys, self.hidden, self.packets = map(list, zip(*rows) if rows else ((),) * 4)
-        self.keys = [i for i, key in enumerate(keys) if key] or [0]
+        self.packets, self.pts, self.hidden = map(list, zip(*rows) if rows else ((),) * 3)
+        self.keys = [i for i, packet in enumerate(self.packets) if packet.is_keyframe] or [0]
 
         # What lies before the first keyframe, in either order, may lack what it refers to: not certain.
         certain = True
@@ -156,31 +151,25 @@ class Video(contextlib.AbstractContextManager):
         VideoError for damage to frames that are shown, not before the run begins. H.264's decoder complains
         where nothing is lost, too, at cuts and open groups: a doubt, until the packet's frame comes out."""
         self.codec.flush_buffers()  # it may hold frames of an earlier reading
-        packets, self.doubts, name = self.packets, {}, self.codec.name
-        if not self.keep:  # a large file is demuxed again
-            self.container.close()
-            self._open()
-            packets = (packet for packet in self.container.demux(self.stream) if packet.size)
+        self.doubts = {}
         # None, at the end: what the decoder still holds back
-        run = itertools.chain(itertools.islice(packets, first, end), [None])
-        with file_errors():
-            for i, packet in enumerate(run, first):
-                needed, frames = packet is None or wanted is None or packet.pts in wanted, []
-                self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
-                try:
-                    frames = self.codec.decode(packet)
-                except av.FFmpegError as error:
-                    if packet is None or not (self.hidden[i] or before(packet.pts, self.pts[first])):
-                        if packet is None or name != "h264":
-                            raise
-                        self.doubts[packet.pts] = error
-                for frame in frames:
-                    if frame.is_corrupt and not before(frame.pts, self.pts[first]):
-                        raise VideoError("a frame is damaged")
-                    self.doubts.pop(frame.pts, None)
-                    yield frame
-            for error in self.doubts.values():
-                raise error
+        for i, packet in enumerate(itertools.chain(self.packets[first:end], [None]), first):
+            needed, frames = packet is None or wanted is None or packet.pts in wanted, []
+            self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
+            try:
+                frames = self.codec.decode(packet)
+            except av.FFmpegError as error:
+                if packet is None or not (self.hidden[i] or before(packet.pts, self.pts[first])):
+                    if packet is None or self.codec.name != "h264":
+                        raise
+                    self.doubts[packet.pts] = error
+            for frame in frames:
+                if frame.is_corrupt and not before(frame.pts, self.pts[first]):
+                    raise VideoError("a frame is damaged")
+                self.doubts.pop(frame.pts, None)
+                yield frame
+        for error in self.doubts.values():
+            raise error
 
     def _decode_near(self, numbers):
         """Yields (n, frame) for ascending numbers, each reached from the last keyframe before it."""
@@ -224,8 +213,8 @@ class Video(contextlib.AbstractContextManager):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
 
         views: list of (numbers, crop). numbers: T frame numbers, in any order; beyond the end is the last
-        frame. crop: (x, y, width, height) in displayed pixels (rotated as the file says), a
-        function of their width and height that returns it, or None: the centred square."""
+        frame. crop: (x, y, width, height) in displayed pixels (rotated as the file says), a function of
+        their width and height that returns it, or None: the centred square."""
         if self.cut and max(max(numbers) for numbers, _ in views) >= self.frames:
             raise VideoError(self.cut)
         views = [([min(n, self.frames - 1) for n in numbers], crop) for numbers, crop in views]
@@ -238,15 +227,15 @@ class Video(contextlib.AbstractContextManager):
             try:
                 with file_errors():
                     for n, frame in decode(wanted):
+                        missing.discard(n)
                         for graph, clip, (numbers, _) in zip(graphs, clips, views):
                             places = [t for t, number in enumerate(numbers) if number == n]
-                            for channel, plane in zip(clip, graph.rgb(frame) if places else ()):
-                                channel[places] = plane
-                        missing.discard(n)
+                            if places:
+                                clip[:, places] = graph.rgb(frame)[:, None]
                 if not missing:
                     return clips
             except VideoError as error:
-                failure = str(error)
+                failure = error
         raise VideoError(f"frames {wanted[0]} to {wanted[-1]} of {self.frames} cannot be decoded: {failure}")
 
 
@@ -265,22 +254,20 @@ class FilterGraph:
         return self.graphs[key].pull()
 
     def rgb(self, frame):
-        """Three arrays uint8 [height, width], where the filters end in planar RGB (libavfilter's gbrp)."""
+        """uint8 [3, height, width], where the filters end in planar RGB (libavfilter's gbrp)."""
         frame = self(frame)
-        planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
-        return [planes[i][:, :frame.width] for i in (2, 0, 1)]
+        g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+        return np.stack([r, g, b])[:, :, :frame.width]
 
     def _build(self, frame, width, height, pixels):
         turn, graph = [], av.filter.Graph()
         if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
             graph.threads = 1
         source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 25))
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
+        if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
             # x' = a x + c y, y' = b x + d y
             a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-            if abs(b) + abs(c) > abs(a) + abs(d):
-                # "cclock_flip" swaps the axes, and nothing else
+            if abs(b) + abs(c) > abs(a) + abs(d):  # "cclock_flip" swaps the axes, and nothing else
                 width, height, turn, a, d = height, width, [("transpose", "cclock_flip")], c, b
             turn += [("hflip",)] * (a < 0) + [("vflip",)] * (d < 0)
         if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
@@ -318,11 +305,10 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 
 
 # ============ clip: which frames, which part of the picture ============
-
 def frame_numbers(total, frames, stride, place=0.5):
     """Numbers of `frames` frames out of `total`, a list; beyond its end where the video is too short.
 
-    stride >= 1: every stride-th frame (Kinetics); place in [0, 1] is where the clip lies. stride 0: one frame
+    stride >= 1: every stride-th frame (Kinetics); place in [0, 1] is where the clip lies. stride 0: one
     from each of `frames` equal parts (Something-Something); place is where in its part, or a tensor."""
     if stride == 0:
         numbers = (torch.arange(frames) + torch.as_tensor(place)) * total / frames
@@ -358,7 +344,6 @@ def draw_multi_scale(generator):
 
 def draw_resized(generator):
     """Fine-tuning's crop (Inception's, as VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3, anywhere.
-
     The first of ten draws that fits the picture, or else the centred square."""
     draws = torch.rand(10, 4, generator=generator).tolist()
 
@@ -379,11 +364,9 @@ def seeded(*key):
 
 
 # ============ data set: folders and lists ============
-
 class Videos:
-    """Paths, labels (int64 [n], -1 for none) and class names (a list, or None) of a data set.
-
-    The names are one tensor of bytes, which workers share: strings would be copied into each of them."""
+    """Paths, labels (int64 [n], -1 for none) and class names (a list, or None) of a data set. The names are
+    one tensor of bytes, which workers share: strings would be copied into each of them."""
     def __init__(self, root, names, labels=None, classes=None):
         encoded = [os.fsencode(name) for name in names]
         self.root, self.names = root, torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
@@ -404,9 +387,9 @@ class Videos:
 def find_videos(source, classes=None):
     """The Videos of a folder or a list file. Raises ValueError, in one line, where there are none.
 
-    A folder is searched to any depth for files with a video's suffix, by name, without hidden ones. Its class
-    folders become labels 0, 1, ... by name, empty ones included; `classes` (names, from another split) fixes
-    the numbers instead. Without class folders, or with videos beside them, there are no labels.
+    A folder is searched to any depth for files with a video's suffix, by name, without hidden ones. Its
+    class folders become labels 0, 1, ... by name, empty ones included; `classes` (names, from another
+    split) fixes the numbers instead. Without class folders, or with videos beside them: no labels.
 
     A list has `path[ label]` on each line, separated by space, comma or tab; relative paths start at its
     folder. The last field is the label if it is an integer: a path may hold spaces and commas, in double
@@ -456,30 +439,29 @@ def find_in_folder(source, classes):
         raise ValueError(f"{source}: holds no videos ({' '.join(SUFFIXES)})")
     if not all(os.sep in name for name in names):
         return Videos(source, names)
-    classes = folders if classes is None else list(classes)
-    number, owners = {name: i for i, name in enumerate(classes)}, [name.split(os.sep)[0] for name in names]
+    classes, owners = list(classes or folders), [name.split(os.sep)[0] for name in names]
     if unknown := set(owners) - set(classes):
         raise ValueError(f"{source}: folder {min(unknown)} is none of the {len(classes)} known classes")
+    number = {name: i for i, name in enumerate(classes)}
     return Videos(source, names, [number[owner] for owner in owners], classes)
 
 
 # ============ data set: clips ============
-
 class Clips(Dataset):
     """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
 
         video  uint8 [R, 3, T, size, size]   RGB; `normalize` makes the model's input of it
         mask   bool [R, N]                   mask(generator=...), any picklable callable; absent without one
         label  int                           -1 for none
-        index  int                           number of the video that was read; -1: none was (evaluation only)
+        index  int                           number of the video that was read; -1: none (evaluation only)
         bad    list of (path, reason)        files that could not be read on the way
 
-    Training: R = repeats views from one decoding, each with its own random start and crop (`draw_crop`), then
-    `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global generator. An
-    unreadable file is replaced by another draw; ATTEMPTS of them in a row raise VideoError. Evaluation: R =
-    clips x crops views, evenly spread starts times evenly spread squares (1 x 1: the centre); an unreadable
-    file gives zeros. stride 0 spreads the frames over the whole video. An index beyond the number of videos,
-    as small data sets need to fill a batch, is another draw of video index % len."""
+    Training: R = repeats views from one decoding, each with its own random start and crop (`draw_crop`),
+    then `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global
+    generator. An unreadable file is replaced by another draw; ATTEMPTS of them in a row raise VideoError.
+    Evaluation: R = clips x crops views, evenly spread starts times evenly spread squares (1 x 1: the
+    centre); an unreadable file gives zeros. stride 0 spreads the frames over the whole video. An index
+    beyond the videos, as small data sets need to fill a batch, is another draw of index % len."""
     def __init__(self, videos, frames=16, stride=4, size=224, seed=0, train=True, repeats=1, views=(1, 1),
                  mask=None, draw_crop=draw_multi_scale, transform=None):
         self.videos, self.frames, self.stride, self.size, self.seed = videos, frames, stride, size, seed
@@ -536,8 +518,9 @@ class Clips(Dataset):
 
 
 def collate(items):
-    """Items of Clips -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list)."""
-    batch = {key: torch.cat([item[key] for item in items]) for key in ("video", "mask") if key in items[0]}
+    """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list)."""
+    batch = {key: torch.cat([item[key] for item in items]) for key in ("video", "mask", "truth")
+             if key in items[0]}
     for key in ("label", "index"):
         batch[key] = torch.tensor([item[key] for item in items]).repeat_interleave(len(items[0]["video"]))
     batch["bad"] = [entry for item in items for entry in item["bad"]]
@@ -553,14 +536,13 @@ def normalize(video, dtype=torch.float32):
 
 
 # ============ loader: the order ============
-
 class EpochSampler(Sampler):
     """Batches of (epoch, index) for one rank, from step `start` to before `stop` (None: without end).
 
     batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by (seed,
-    epoch), cut into global batches, and these into ranks: any step can be computed, so a run continues where
-    it stopped. What does not fill the last batch is left out; where videos do not fill one batch, they come
-    again, as other draws. steps_per_epoch is a multiple of `accumulate`. Raises ValueError."""
+    epoch), cut into global batches, and these into ranks: any step can be computed, so a run continues
+    where it stopped. What does not fill the last batch is left out; where videos do not fill one batch,
+    they come again, as other draws. steps_per_epoch is a multiple of `accumulate`. Raises ValueError."""
     def __init__(self, length, batch_size, rank=0, world=1, seed=0, repeats=1, accumulate=1, start=0,
                  stop=None):
         if min(length, batch_size, repeats) < 1 or batch_size % repeats:
@@ -581,21 +563,7 @@ class EpochSampler(Sampler):
             yield [(epoch, again * self.length + int(order[i])) for again, i in rounds]
 
 
-class OnceSampler(Sampler):
-    """Batches of (0, index) over these video numbers, each once and in order; the last may be smaller."""
-    def __init__(self, indices, batch_size):
-        starts, self.start = range(0, len(indices), batch_size), 0
-        self.batches = [[(0, i) for i in indices[first:first + batch_size]] for first in starts]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches[self.start:])
-
-
 # ============ loader: the workers ============
-
 # Workers come from a server process that has one thread and everything imported (forkserver): none inherits a
 # lock that a thread of the training process held, and a start takes a tenth of a second. Where there is no
 # such server (Windows) they start from nothing (spawn). Either way, what they are given must be picklable.
@@ -641,43 +609,46 @@ def announced(dataset, number, limit=READ_SECONDS):
         row[0] = IDLE
 
 
-def load(dataset, sampler, workers=0, pin_memory=False, collate=collate):
-    """Yields the sampler's batches, from sampler.start on (which counts along), made by `workers` processes.
+def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
+    """Yields the batches of these lists of keys (an EpochSampler's, say), made by `workers` processes.
 
-    A video that hangs or crashes its worker is noted in dataset.bad, the workers are started afresh, and the
-    same batch is made again with another draw; with workers=0 it takes the program down. Raises VideoError if
-    most videos are unreadable, WorkerError if a worker is killed from outside (by lack of memory, say), a
-    batch cannot be handed over, or ATTEMPTS starts in a row gave no batch.
+    A video that hangs or crashes its worker is noted in dataset.bad, the workers are started afresh, and
+    the same batch is made again with another draw; with workers=0 it takes the program down. Raises
+    VideoError if most videos are unreadable, WorkerError if a worker is killed from outside (by lack of
+    memory, say), a batch cannot be handed over, or ATTEMPTS starts in a row gave no batch.
 
     dataset: Clips, or any with bad = {} and board = None that reads inside of announced(self, number)."""
-    failed = 0
     if workers:
         preload_workers()
+    failed, keys, pending = 0, iter(batches), collections.deque()
     while failed < ATTEMPTS:
+        # First again what was handed to workers that are gone.
+        keys, pending = itertools.chain(pending, keys), collections.deque()
         dataset.board = torch.full((max(1, workers), 2), IDLE, dtype=torch.float64).share_memory_()
         # A timeout leaves the iterator whole: it lets the loader look after its workers now and then.
-        batches = iter(DataLoader(
-            dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory, collate_fn=collate,
+        made = iter(DataLoader(
+            dataset, batch_sampler=(pending.append(k) or k for k in keys), num_workers=workers,
             multiprocessing_context=START_METHOD if workers else None, worker_init_fn=start_worker,
-            timeout=WATCH_SECONDS if workers else 0))
+            timeout=WATCH_SECONDS if workers else 0, pin_memory=pin_memory, collate_fn=collate))
         since, blamed = time.monotonic(), {}
         try:
             while not blamed:
                 try:
-                    batch = next(batches)
+                    batch = next(made)
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError, VideoError) as error:
                     if not workers:
                         raise
                     error.__traceback__ = None  # it would keep the workers alive for as long as the error
-                    blamed = judge(error, getattr(batches, "_workers", []), dataset.board.tolist(), since)
+                    blamed = judge(error, getattr(made, "_workers", []), dataset.board.tolist(), since)
                 else:
-                    failed, sampler.start = 0, sampler.start + 1
+                    failed = 0
+                    pending.popleft()
                     yield batch
                     since = time.monotonic()  # what was done with the batch is no waiting
         finally:
-            del batches  # ends the workers
+            del made  # ends the workers
         dataset.bad.update(blamed)
         failed += 1
     raise WorkerError(f"{failed} videos in a row crashed or hung their decoders")
@@ -685,7 +656,6 @@ def load(dataset, sampler, workers=0, pin_memory=False, collate=collate):
 
 def judge(error, workers, board, since):
     """What DataLoader's error means: {video: reason} to leave out (none: wait on), or an error to end with.
-
     board: a row (video, end of its time) for each of the worker processes; since: when the waiting began."""
     if isinstance(error, VideoError):  # a worker's comes with its traceback in the text
         raise VideoError(re.sub(r"(?s)^Caught .*Error: ", "", str(error)).strip()) from None
@@ -712,7 +682,6 @@ def judge(error, workers, board, since):
 
 
 # ============ prepare: re-encoding for quick random access ============
-
 # What makes H.264 quick to enter anywhere: short groups; B-frames in a fixed pattern, which nothing depends
 # on, so that unwanted ones are dropped undecoded; no arithmetic coding, no deblocking. It costs about 2 dB.
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:cabac=0:"
@@ -721,8 +690,8 @@ X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt
 
 def reencode(source, target, gop=16, short_side=256):
     """Writes a video anew as H.264 in mp4 without sound, with a keyframe every `gop` frames, the short side
-    at most `short_side`, rotation applied, times kept. Raises VideoError if the video is damaged, OSError if
-    the target cannot be written; it appears whole."""
+    at most `short_side`, rotation applied, times kept. Raises VideoError if the video is damaged, OSError
+    if the target cannot be written; it appears whole."""
     def filters(width, height):
         shrink = min(1, short_side / min(width, height))  # nothing is enlarged
         width, height = [max(2, round(side * shrink / 2) * 2) for side in (width, height)]
@@ -730,20 +699,24 @@ def reencode(source, target, gop=16, short_side=256):
         colour = "flags=bicubic:out_range=tv:out_color_matrix=bt601"
         return [("scale", f"{width}:{height}:{colour}"), ("format", "yuv420p")]
 
-    part, graph, stream, pts = target + ".part", FilterGraph(filters), None, -2**62
+    def pictures(video):
+        graph = FilterGraph(filters)
+        with file_errors():
+            for frame in video.decode():
+                yield frame.pts if video.timed else None, graph(frame)
+
+    part, stream, last = target + ".part", None, -2**62
     try:
         with Video(source) as video, av.open(part, "w", format="mp4") as output:
             rate = video.stream.average_rate or Fraction(25)  # raw streams have none
-            tick = video.stream.time_base if video.timed else 1 / rate
-            for count, frame in enumerate(video.decode()):
-                pts = max(pts + 1, frame.pts if video.timed and frame.pts is not None else count)
-                with file_errors():
-                    frame = graph(frame)
+            for count, (pts, frame) in enumerate(pictures(video)):
                 if stream is None:
                     shape = {"width": frame.width, "height": frame.height, "pix_fmt": "yuv420p"}
                     stream = output.add_stream("libx264", rate, {**X264, "g": str(gop)}, **shape)
-                    stream.codec_context.thread_count, stream.codec_context.time_base = 1, tick
-                frame.pts, frame.time_base, frame.pict_type = pts, tick, 0  # 0: the encoder chooses
+                    stream.codec_context.thread_count = 1
+                    stream.codec_context.time_base = video.stream.time_base if video.timed else 1 / rate
+                frame.pts = last = max(last + 1, count if pts is None else pts)
+                frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # 0: the encoder chooses
                 output.mux(stream.encode(frame))
             if stream is None:
                 raise VideoError("it has no frames")
@@ -787,8 +760,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     """Re-encodes a folder or list of videos into `directory`: same layout, labels and list name; restartable.
 
     Every file becomes .mp4. Unreadable and damaged ones are left out (of the new list too), and listed with
-    their reasons in directory/unreadable.txt; their number is returned. Raises ValueError. Run again, it goes
-    on with what is missing, and tries again what was unreadable."""
+    their reasons in directory/unreadable.txt; their number is returned. Raises ValueError. Run again, it
+    goes on with what is missing, and tries again what was unreadable."""
     videos, folder = find_videos(source), os.path.isdir(source)
     old, new = map(os.path.realpath, (source if folder else os.path.dirname(source), directory))
     if new == old or folder and new.startswith(os.path.join(old, "")):
@@ -799,24 +772,23 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     for name in videos.classes or [""]:
         os.makedirs(os.path.join(directory, name), exist_ok=True)  # a class without videos keeps its number
     # As a data set, so that the loader deals with decoders that crash.
-    work, jobs = Reencoder(videos, targets, gop, short_side), OnceSampler(range(len(videos)), 1)
+    work, jobs = Reencoder(videos, targets, gop, short_side), ([(0, number)] for number in range(len(videos)))
     for (number, reason), in tqdm(load(work, jobs, workers, collate=list), total=len(videos)):
-        if reason is None:
-            label = videos.labels[number].item()
-            kept.append(targets.name(number) + (f" {label}" if label >= 0 else ""))
+        label = videos.labels[number].item()
+        if reason:
+            lost.append(f"{videos.path(number)}: {reason}\n")
         else:
-            lost.append(f"{videos.path(number)}: {reason}")
-    written = {"unreadable.txt": lost} if folder else {"unreadable.txt": lost, os.path.basename(source): kept}
-    for name, lines in written.items():
+            kept.append(targets.name(number) + (f" {label}\n" if label >= 0 else "\n"))
+    for name, lines in (("unreadable.txt", lost), ("" if folder else os.path.basename(source), kept)):
         path = os.path.join(directory, name)
-        with open(path + ".part", "w", encoding="utf-8", errors="surrogateescape") as file:  # any bytes
-            file.writelines(line + "\n" for line in lines)
-        os.replace(path + ".part", path)
-    return len(videos) - len(kept)
+        if name:  # names can be any bytes
+            with open(path + ".part", "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(lines)
+            os.replace(path + ".part", path)
+    return len(lost)
 
 
 # ============ demo: videos that need no download ============
-
 # Sixteen classes, appearance x motion: who knows only one of the two is right for one clip in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES = 80, 24                # pixels a side, frames a video
@@ -906,16 +878,14 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
 def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
-    DIR/davis has the first DEMO_MASKED validation clips of each class once more, with exact masks (values as
-    demo_clip's), in DAVIS's layout: JPEGImages/<class>-NN/00000.jpg, Annotations/<class>-NN/00000.png. A
-    finished DIR of the same seed is reused; a folder with anything else in it is a ValueError."""
-    directory = os.path.abspath(directory)
-    parent, name = os.path.split(directory)
+    DIR/davis has the first DEMO_MASKED validation clips of each class once more, with exact masks (values
+    as demo_clip's), in DAVIS's layout: JPEGImages/<class>-NN/00000.jpg, Annotations/<class>-NN/00000.png.
+    A finished DIR of the same seed is reused; a folder with anything else in it is a ValueError."""
+    parent, name = os.path.split(os.path.abspath(directory))
     # an empty file that says what was written
-    stamp = f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt"
-    done = os.path.join(directory, stamp)
+    done = os.path.join(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     # All is written beside its place and moved there at once. What a killed process left goes after an hour.
-    for left in glob.glob(glob.escape(directory) + ".unfinished-*"):
+    for left in glob.glob(os.path.join(glob.escape(parent), name + ".unfinished-*")):
         if time.time() - os.stat(left).st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
     if os.path.exists(done):
@@ -928,7 +898,7 @@ def write_demo(directory, seed=0):
     with tempfile.TemporaryDirectory(prefix=name + ".unfinished-", dir=parent) as unfinished:
         with ThreadPoolExecutor(CORES) as pool:  # NumPy and the encoder leave Python's lock
             list(pool.map(lambda job: write_demo_clip(unfinished, seed, *job), jobs))
-        open(os.path.join(unfinished, stamp), "w").close()
+        open(os.path.join(unfinished, os.path.basename(done)), "w").close()
         os.chmod(unfinished, 0o755)  # a temporary folder is its owner's only
         try:
             os.rename(unfinished, directory)
@@ -938,7 +908,6 @@ def write_demo(directory, seed=0):
 
 
 # ============ bench, command line ============
-
 def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
     """Reads training clips in this process and prints what one costs, and the cores for `rate` a second."""
     videos, count, bad = find_videos(source), 0, {}
@@ -960,15 +929,13 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     functions = {"prepare": prepare, "bench": bench, "demo": write_demo}
     for command, function in functions.items():
-        text = function.__doc__
-        sub = commands.add_parser(command, help=text.split("\n")[0], description=text)
+        sub = commands.add_parser(command, help=function.__doc__.split("\n")[0], description=function.__doc__)
         for name, parameter in inspect.signature(function).parameters.items():
-            default = parameter.default
-            if default is parameter.empty:
+            if parameter.default is parameter.empty:
                 sub.add_argument(name)
             else:
-                name = "--" + name.replace("_", "-")
-                sub.add_argument(name, default=default, type=type(default), help=f"default: {default}")
+                sub.add_argument("--" + name.replace("_", "-"), type=type(parameter.default),
+                                 default=parameter.default, help=f"default: {parameter.default}")
     options = vars(parser.parse_args())
     try:
         if lost := functions[options.pop("command")](**options):
