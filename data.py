@@ -4,15 +4,14 @@
     python data.py bench PATH        what a clip costs, and the cores that feed so many a second
     python data.py demo DIR          writes the demo's videos
 
-From a file to a batch, in this order: video, clip, data set, loader. Frame n is the n-th of a full decode.
-Every clip, crop and mask is a function of (seed, epoch, index), whatever the number of workers. A broken
-file never becomes a wrong picture in silence: it is reported, and replaced by another draw."""
+From a file to a batch: video, clip, data set, loader. Frame n is the n-th of a full decode. Every clip, crop
+and mask is a function of (seed, epoch, index), whatever the number of workers. A broken file never becomes a
+wrong picture in silence: it is reported, and replaced by another draw."""
 import argparse
 import bisect
 import collections
 import colorsys
 import contextlib
-import functools
 import gc
 import glob
 import hashlib
@@ -30,13 +29,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 
 import av
 import av.filter
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame; VideoError says it once
@@ -54,7 +54,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VideoError(Exception):
-    """A video that cannot be read. One line: what is wrong, without the path, which the caller knows."""
+    """A video that cannot be read: what is wrong, in one line without the path, which the caller knows."""
 
 
 class WorkerError(RuntimeError):
@@ -78,18 +78,17 @@ def before(time, other):
 
 
 class Video(contextlib.AbstractContextManager):
-    """An open video: `frames` is how many it shows, `read` decodes any of them. A context manager.
+    """An open video: `frames` is how many it shows, `read` decodes any of them. Raises VideoError.
 
     Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of
-    showing (`timed`), frame n is that of packet shown[n], and only what leads to it from a keyframe is
-    decoded. Elsewhere the decoder's order is the truth: frames are counted. Raises VideoError."""
+    showing (`timed`), frame n is that of packet shown[n], and only what leads to it from a keyframe
+    is decoded. Elsewhere the decoder's order is the truth: frames are counted."""
     def __init__(self, path):
         with file_errors():
-            if os.path.getsize(path) == 0 or not os.path.isfile(path):  # opening a pipe would wait for ever
+            if os.path.getsize(path) == 0 or not os.path.isfile(path):  # a pipe would block
                 raise VideoError("is empty, or no regular file")
             # A name with a colon is no address ("file:"), and no file leads to another.
-            limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-            path = "file:" + os.fspath(path)
+            path, limits = f"file:{path}", {"protocol_whitelist": "file", "format_whitelist": FORMATS}
             self.container = av.open(path, metadata_errors="ignore", container_options=limits)
             self.stream = self.container.streams.best("video")  # the first may be a cover picture
             self.codec = self.stream and self.stream.codec_context
@@ -104,7 +103,7 @@ class Video(contextlib.AbstractContextManager):
         self.container.close()
 
     def _index(self):
-        """Demuxes the whole file into memory: time and kind of every packet of the video."""
+        """Demuxes the whole file into memory: every packet of the video, its time and whether it is shown."""
         rows, last, self.cut, mine, vp8 = [], None, None, self.stream.index, self.codec.name == "vp8"
         try:
             for packet in self.container.demux():
@@ -133,23 +132,23 @@ class Video(contextlib.AbstractContextManager):
         if not times:
             raise VideoError(self.cut or "it has no frames")
         complete, container = None not in times and len(set(times)) == len(times), self.container.format.name
-        # With B-frames, times in AVI or copied from there are invented; those of MPEG-4 in any container.
+        # With B-frames, times in AVI or copied from there are invented; those of MPEG-4 anywhere.
         self.timed = complete and certain and not (self.codec.has_b_frames and (
             container == "avi" or self.codec.name == "mpeg4" or times == sorted(times)))
         if self.timed:
             self.shown.sort(key=self.pts.__getitem__)
-        # Matroska drops half packets, but has a duration: its longest stream's, not to be taken too exactly.
-        duration = (self.container.duration or 0) / av.time_base
-        late = 0.9 * duration - 1
-        if container.startswith("matroska") and complete and max(times) * self.stream.time_base < late:
+        # Matroska drops half packets, but has a duration: its longest stream's, not to be taken exactly.
+        duration = (self.container.duration or 0) / av.time_base  # seconds
+        late = complete and max(times) * self.stream.time_base < 0.9 * duration - 1
+        if late and container.startswith("matroska"):
             self.cut = self.cut or f"it is cut off before its {duration:.1f} seconds end"
 
     def decode(self, first=0, end=None, wanted=None):
         """Yields the frames of the packets from first to before end, as they leave the decoder.
 
-        wanted: a set of times; other packets are decoded only as far as others depend on them. Raises
-        VideoError for damage to frames that are shown, not before the run begins. H.264's decoder complains
-        where nothing is lost, too, at cuts and open groups: a doubt, until the packet's frame comes out."""
+        wanted: a set of times; other packets are decoded only as far as others depend on them. Damage
+        to frames that are shown raises, not before the run begins. H.264's decoder complains where
+        nothing is lost, too, at cuts and open groups: a doubt, until the packet's frame comes out."""
         self.codec.flush_buffers()  # it may hold frames of an earlier reading
         self.doubts = {}
         # None, at the end: what the decoder still holds back
@@ -182,8 +181,7 @@ class Video(contextlib.AbstractContextManager):
             if not runs or self.keys[k] > runs[-1][1]:
                 runs.append([self.keys[k], 0])
             runs[-1][1] = max(runs[-1][1], position + 1)
-        # Frames carry the time of their packet, which says which one it is.
-        wanted = {self.pts[self.shown[n]]: n for n in numbers}
+        wanted = {self.pts[self.shown[n]]: n for n in numbers}  # a frame carries the time of its packet
         for first, end in runs:
             newest = -math.inf
             for frame in self.decode(first, end, wanted):
@@ -212,16 +210,16 @@ class Video(contextlib.AbstractContextManager):
     def read(self, views, size=224):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
 
-        views: list of (numbers, crop). numbers: T frame numbers, in any order; beyond the end is the last
-        frame. crop: (x, y, width, height) in displayed pixels (rotated as the file says), a function of
-        their width and height that returns it, or None: the centred square."""
+        views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop:
+        (x, y, width, height) in displayed pixels (rotated as the file says), a function of their
+        width and height that returns it, or None: the centred square."""
         if self.cut and max(max(numbers) for numbers, _ in views) >= self.frames:
             raise VideoError(self.cut)
         views = [([min(n, self.frames - 1) for n in numbers], crop) for numbers, crop in views]
         clips = [np.empty((3, len(numbers), size, size), np.uint8) for numbers, _ in views]
-        graphs = [FilterGraph(functools.partial(crop_filters, crop=crop, size=size)) for _, crop in views]
+        graphs = [FilterGraph(partial(crop_filters, crop=crop, size=size)) for _, crop in views]
         wanted = sorted({n for numbers, _ in views for n in numbers})
-        # From the beginning if need be: a keyframe may not be as good a place to start as its flag says.
+        # From the beginning if need be: a keyframe may not be as good a place to start as it says.
         for decode in (self._decode_near, self._decode_counting) if self.timed else (self._decode_counting,):
             missing, failure = set(wanted), "it does not come out of the decoder"
             try:
@@ -241,7 +239,6 @@ class Video(contextlib.AbstractContextManager):
 
 class FilterGraph:
     """Turns frames as displayed, and filters them: one libavfilter graph for every geometry met.
-
     filters: a function of the displayed width and height that returns [(filter, arguments), ...]."""
     def __init__(self, filters):
         self.filters, self.graphs = filters, {}
@@ -257,7 +254,7 @@ class FilterGraph:
         """uint8 [3, height, width], where the filters end in planar RGB (libavfilter's gbrp)."""
         frame = self(frame)
         g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
-        return np.stack([r, g, b])[:, :, :frame.width]
+        return np.stack([r, g, b])[:, :, :frame.width]  # lines are padded
 
     def _build(self, frame, width, height, pixels):
         turn, graph = [], av.filter.Graph()
@@ -291,9 +288,9 @@ def crop_filters(width, height, crop, size):
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
     """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
 
-    The last frame is repeated where the video is too short. start: None draws one (from `generator`, if
-    given). crop: (x, y, width, height) in pixels of the displayed picture, scaled bilinearly; None: the
-    centred square. Raises VideoError if the file cannot be read, ValueError for senseless arguments."""
+    The last frame is repeated where the video is too short. start: None draws one (from `generator`).
+    crop: (x, y, width, height) in pixels of the displayed picture, scaled bilinearly; None: the centred
+    square. Raises VideoError if the file cannot be read, ValueError for senseless arguments."""
     if min(frames, stride, size) < 1 or (start or 0) < 0:
         raise ValueError(f"frames {frames}, stride {stride} or size {size} below 1, or start {start} below 0")
     with Video(path) as video:
@@ -308,8 +305,8 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 def frame_numbers(total, frames, stride, place=0.5):
     """Numbers of `frames` frames out of `total`, a list; beyond its end where the video is too short.
 
-    stride >= 1: every stride-th frame (Kinetics); place in [0, 1] is where the clip lies. stride 0: one
-    from each of `frames` equal parts (Something-Something); place is where in its part, or a tensor."""
+    stride >= 1: every stride-th (Kinetics); place, 0 to 1, is where the clip lies. stride 0: one from
+    each of `frames` equal parts (Something-Something); place is where in its part, or a tensor."""
     if stride == 0:
         numbers = (torch.arange(frames) + torch.as_tensor(place)) * total / frames
         return numbers.long().clamp(max=total - 1).tolist()
@@ -324,8 +321,8 @@ def square_crop(width, height, place=0.5):
     return int(place * (width - side)), int(place * (height - side)), side, side
 
 
-# Pretraining's crops, as the release: sides of these shares of the short side, width and height at most one
-# step apart (10 shapes), at one of 9 + 4 places, in quarters of what is free.
+# Pretraining's crops, as the release: sides of these shares of the short side, width and height at most
+# one step apart (10 shapes), at one of 9 + 4 places, in quarters of what is free.
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
 CROP_SHAPES = [(CROP_SCALES[i], CROP_SCALES[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
@@ -365,7 +362,7 @@ def seeded(*key):
 
 # ============ data set: folders and lists ============
 class Videos:
-    """Paths, labels (int64 [n], -1 for none) and class names (a list, or None) of a data set. The names are
+    """Paths, labels (int64 [n], -1: none) and class names (a list, or None) of a data set. The names are
     one tensor of bytes, which workers share: strings would be copied into each of them."""
     def __init__(self, root, names, labels=None, classes=None):
         encoded = [os.fsencode(name) for name in names]
@@ -388,8 +385,8 @@ def find_videos(source, classes=None):
     """The Videos of a folder or a list file. Raises ValueError, in one line, where there are none.
 
     A folder is searched to any depth for files with a video's suffix, by name, without hidden ones. Its
-    class folders become labels 0, 1, ... by name, empty ones included; `classes` (names, from another
-    split) fixes the numbers instead. Without class folders, or with videos beside them: no labels.
+    class folders, empty ones too, become labels 0, 1, ... by name, or those of `classes` (names, from
+    another split). Without class folders, or with videos beside them, there are no labels.
 
     A list has `path[ label]` on each line, separated by space, comma or tab; relative paths start at its
     folder. The last field is the label if it is an integer: a path may hold spaces and commas, in double
@@ -451,14 +448,14 @@ class Clips(Dataset):
     """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
 
         video  uint8 [R, 3, T, size, size]   RGB; `normalize` makes the model's input of it
-        mask   bool [R, N]                   mask(generator=...), any picklable callable; absent without one
+        mask   bool [R, N]                   mask(generator=...), any picklable callable; if there is one
         label  int                           -1 for none
         index  int                           number of the video that was read; -1: none (evaluation only)
         bad    list of (path, reason)        files that could not be read on the way
 
     Training: R = repeats views from one decoding, each with its own random start and crop (`draw_crop`),
     then `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global
-    generator. An unreadable file is replaced by another draw; ATTEMPTS of them in a row raise VideoError.
+    generator. An unreadable file is replaced by another draw; ATTEMPTS of them in a row are a VideoError.
     Evaluation: R = clips x crops views, evenly spread starts times evenly spread squares (1 x 1: the
     centre); an unreadable file gives zeros. stride 0 spreads the frames over the whole video. An index
     beyond the videos, as small data sets need to fill a batch, is another draw of index % len."""
@@ -494,7 +491,7 @@ class Clips(Dataset):
             clips = np.zeros(shape, np.uint8)
         item = {"video": torch.from_numpy(np.stack(clips)), "label": label, "index": video, "bad": bad}
         if self.train and self.transform is not None:
-            # torchvision's transforms draw from the global generator: seeded here, and put back afterwards
+            # torchvision's transforms draw from the global generator: seeded here, put back afterwards
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeded(self.seed, epoch, index, 3).initial_seed())
                 transformed = [self.transform(clip.transpose(0, 1)).transpose(0, 1) for clip in item["video"]]
@@ -505,7 +502,7 @@ class Clips(Dataset):
 
     def choose(self, total, generator):
         """Yields R views (frame numbers, crop) of a video of `total` frames."""
-        numbers = functools.partial(frame_numbers, total, self.frames, self.stride)
+        numbers = partial(frame_numbers, total, self.frames, self.stride)
         for _ in range(self.repeats if self.train else 0):
             place = torch.rand(() if self.stride else self.frames, generator=generator)
             yield numbers(place), self.draw_crop(generator)
@@ -514,7 +511,7 @@ class Clips(Dataset):
             # dense clips reach from the first to the last frame, as VideoMAE's; spread ones interleave
             place = clip / (clips - 1) if self.stride and clips > 1 else (clip + 0.5) / clips
             side = crop / (crops - 1) if crops > 1 else 0.5
-            yield numbers(place), functools.partial(square_crop, place=side)
+            yield numbers(place), partial(square_crop, place=side)
 
 
 def collate(items):
@@ -536,13 +533,13 @@ def normalize(video, dtype=torch.float32):
 
 
 # ============ loader: the order ============
-class EpochSampler(Sampler):
+class EpochSampler:
     """Batches of (epoch, index) for one rank, from step `start` to before `stop` (None: without end).
 
-    batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by (seed,
-    epoch), cut into global batches, and these into ranks: any step can be computed, so a run continues
-    where it stopped. What does not fill the last batch is left out; where videos do not fill one batch,
-    they come again, as other draws. steps_per_epoch is a multiple of `accumulate`. Raises ValueError."""
+    batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by
+    (seed, epoch), cut into global batches, and these into ranks: any step can be computed, so a run
+    continues where it stopped. What does not fill the last batch is left out; videos that do not fill
+    one come again, as other draws. steps_per_epoch is a multiple of `accumulate`. Raises ValueError."""
     def __init__(self, length, batch_size, rank=0, world=1, seed=0, repeats=1, accumulate=1, start=0,
                  stop=None):
         if min(length, batch_size, repeats) < 1 or batch_size % repeats:
@@ -557,16 +554,16 @@ class EpochSampler(Sampler):
             epoch, step = divmod(step, self.steps_per_epoch)
             if epoch != permuted:
                 order, permuted = torch.randperm(self.length, generator=seeded(self.seed, epoch)), epoch
-            # the ranks' parts of a global batch lie side by side; after the last video comes the first again
+            # the ranks' parts of a global batch lie side by side; after the last video comes the first
             first = (step * self.world + self.rank) * self.videos
             rounds = [divmod(i, self.length) for i in range(first, first + self.videos)]
             yield [(epoch, again * self.length + int(order[i])) for again, i in rounds]
 
 
 # ============ loader: the workers ============
-# Workers come from a server process that has one thread and everything imported (forkserver): none inherits a
+# They come from a server process that has one thread and everything imported (forkserver): none inherits a
 # lock that a thread of the training process held, and a start takes a tenth of a second. Where there is no
-# such server (Windows) they start from nothing (spawn). Either way, what they are given must be picklable.
+# such server (Windows) they start from nothing (spawn). Either way what they are given must be picklable.
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PRELOADED = ["torch.utils.data", "torchvision.transforms.v2", "av.filter", "numpy", "tqdm", "PIL.Image"]
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
@@ -575,7 +572,7 @@ IDLE = -1.0  # on the board: no video is read
 
 
 def preload_workers():
-    """Starts the fork server and its imports in the background: some seconds ahead of the first worker."""
+    """Starts the fork server and its imports in the background: seconds ahead of the first worker."""
     if START_METHOD == "forkserver":
         from multiprocessing import forkserver  # not to be had everywhere
         multiprocessing.set_forkserver_preload(PRELOADED)
@@ -583,21 +580,21 @@ def preload_workers():
 
 
 def start_worker(_):
-    """Runs first in a worker: it ends with the training process, even one that was killed (torch looks only
-    at the fork server), and not by Ctrl-C, which goes to all: the training process ends its workers."""
+    """Runs first in a worker: it ends with the training process, even a killed one (torch looks only at
+    the fork server), and not by Ctrl-C, which goes to all: the training process ends its workers."""
     def leave_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    gc.freeze()  # the collector would write to all that was imported before, and so copy it into each worker
+    gc.freeze()  # the collector would write to all that was imported before, and so copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def announced(dataset, number, limit=READ_SECONDS):
-    """Around the reading of a video: it stands on the board meanwhile, in the worker's row, with the time
-    from which its decoder counts as hanging (time.monotonic). Raises VideoError if dataset.bad knows it."""
+    """Around the reading of a video: it stands on the board meanwhile, in the worker's row, with the
+    time.monotonic() from which it counts as hanging. Raises VideoError if dataset.bad knows it."""
     if number in dataset.bad:
         raise VideoError(dataset.bad[number])
     worker = get_worker_info()
@@ -655,13 +652,13 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
 
 
 def judge(error, workers, board, since):
-    """What DataLoader's error means: {video: reason} to leave out (none: wait on), or an error to end with.
-    board: a row (video, end of its time) for each of the worker processes; since: when the waiting began."""
+    """What DataLoader's error means: {video: reason} to leave out (none: wait on), or an error to raise.
+    board: a row (video, end of its time) for each of the workers; since: when the waiting began."""
     if isinstance(error, VideoError):  # a worker's comes with its traceback in the text
         raise VideoError(re.sub(r"(?s)^Caught .*Error: ", "", str(error)).strip()) from None
     if not isinstance(error, RuntimeError):  # a connection breaks some time before its worker has ended
         time.sleep(WATCH_SECONDS)
-    # A crash or a hang is blamed on the video that stands on the board; any other end came from outside.
+    # A crash or a hang is blamed on the video that stands on the board; other ends came from outside.
     now, blamed, ended = time.monotonic(), {}, []
     for worker, (video, limit) in zip(workers, board):
         code = worker.exitcode
@@ -689,9 +686,9 @@ X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt
 
 
 def reencode(source, target, gop=16, short_side=256):
-    """Writes a video anew as H.264 in mp4 without sound, with a keyframe every `gop` frames, the short side
-    at most `short_side`, rotation applied, times kept. Raises VideoError if the video is damaged, OSError
-    if the target cannot be written; it appears whole."""
+    """Writes a video anew as H.264 in mp4 without sound: a keyframe every `gop` frames, the short side at
+    most `short_side`, rotation applied, times kept. Raises VideoError if the video is damaged, OSError if
+    the target cannot be written; it appears whole."""
     def filters(width, height):
         shrink = min(1, short_side / min(width, height))  # nothing is enlarged
         width, height = [max(2, round(side * shrink / 2) * 2) for side in (width, height)]
@@ -716,7 +713,7 @@ def reencode(source, target, gop=16, short_side=256):
                     stream.codec_context.thread_count = 1
                     stream.codec_context.time_base = video.stream.time_base if video.timed else 1 / rate
                 frame.pts = last = max(last + 1, count if pts is None else pts)
-                frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # 0: the encoder chooses
+                frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # the encoder chooses
                 output.mux(stream.encode(frame))
             if stream is None:
                 raise VideoError("it has no frames")
@@ -760,8 +757,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     """Re-encodes a folder or list of videos into `directory`: same layout, labels and list name; restartable.
 
     Every file becomes .mp4. Unreadable and damaged ones are left out (of the new list too), and listed with
-    their reasons in directory/unreadable.txt; their number is returned. Raises ValueError. Run again, it
-    goes on with what is missing, and tries again what was unreadable."""
+    their reasons in directory/unreadable.txt; their number is returned. Run again, it goes on with what is
+    missing, and tries again what was unreadable. Raises ValueError."""
     videos, folder = find_videos(source), os.path.isdir(source)
     old, new = map(os.path.realpath, (source if folder else os.path.dirname(source), directory))
     if new == old or folder and new.startswith(os.path.join(old, "")):

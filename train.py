@@ -594,9 +594,9 @@ def preview(args, model, clips):
     save_pages(args.out / "preview.gif", *moving)
 
 
-def prototype_sheet(args, model, clips, rows=8, columns=8, margin=1.5):
+def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
     """prototypes.png: for the prototypes that win most tubes of up to 64 clips, the tubes of different
-    clips that score highest, in full light, with `margin` patches around them."""
+    clips that score highest, in full light, with their surroundings: `context` patches a side."""
     if args.loss != "sigma":
         return
     everything = torch.arange(model.num_tubes, device=args.device)[None]  # [1, N]
@@ -611,14 +611,17 @@ def prototype_sheet(args, model, clips, rows=8, columns=8, margin=1.5):
     if rank():
         return
     videos, best, tubes, used, _ = (part.cpu() for part in found)  # all but videos: [n, K]
-    p, m, used, sheet = model.patch, int(margin * model.patch), used.sum(dim=0), []
-    videos, light = F.pad(videos, (m, m, m, m), value=217), F.pad(torch.ones(p, p), (m, m, m, m), value=0.5)
+    used, p, side, sheet = used.sum(dim=0), model.patch, min(context, model.grid[1]), []
     for k in used.argsort(descending=True)[:min(rows, int((used > 0).sum()))].tolist():
-        clip = best[:, k].argsort(descending=True)[:columns]  # numbers of clips
-        places = zip(clip, *torch.unravel_index(tubes[clip, k], model.grid))
-        cut = [videos[n, :, t, y * p:y * p + p + 2 * m, x * p:x * p + p + 2 * m] for n, t, y, x in places]
-        caption = f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes"
-        sheet.append((caption, (torch.stack(cut) * light).byte()))
+        cut = []
+        for n in best[:, k].argsort(descending=True)[:columns].tolist():
+            t, y, x = (int(i) for i in torch.unravel_index(tubes[n, k], model.grid))
+            top, left = (min(max(i - side // 2, 0), model.grid[1] - side) for i in (y, x))  # in patches
+            light = torch.full((side, side), 0.5)
+            light[y - top, x - left] = 1
+            window = videos[n, :, t, top * p:(top + side) * p, left * p:(left + side) * p]
+            cut.append((window * light.repeat_interleave(p, 0).repeat_interleave(p, 1)).byte())
+        sheet.append((f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes", torch.stack(cut)))
     save_pages(args.out / "prototypes.png", sheet)
 
 
@@ -657,9 +660,8 @@ DINO_FILE = {"vits16": "dino_deitsmall16_pretrain", "vitb16": "dino_vitbase16_pr
 def read_weights(path):
     """A checkpoint -> its tensors under our names, what they say of the model, its `args` of the clips.
 
-    Of this project, the authors, VideoMAE's pretraining (the same names) and fine-tuning (no "encoder."),
-    and Hugging Face's of either kind. Raises ValueError.
-    """
+    This project's, the authors', VideoMAE's from pretraining (the same names) and from fine-tuning (no
+    "encoder."), and Hugging Face's of either kind. Raises ValueError."""
     content = load_checkpoint(path)
     inside = [content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)]
     # Written under DDP, torch.compile or as part of a larger model, names have a prefix.
@@ -745,9 +747,8 @@ def probe(args):
 def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3):
     """Top-1 in percent of a linear layer on frozen features: AdamW, lr 1e-3, 30 epochs, as the paper.
 
-    Where that is silent: features are standardised over the training set, as one lr does not suit
-    every model's scale; the layer starts at zero, lr falls as a cosine, no weight decays; batches
-    are of 64, and of up to 1024 where there are many videos. All ranks do the same.
+    Where that is silent: features are standardised over the training set; the layer starts at zero, lr
+    falls as a cosine, no weight decays; batches are of 64, up to 1024 where there are many videos.
     """
     batch_size, classes = min(max(64, len(bank) // 200), 1024), int(max(bank_labels.max(), labels.max())) + 1
     std, mean = torch.std_mean(bank, dim=0, correction=0)  # [D]
@@ -862,10 +863,9 @@ def multi_view(args, model, clips):
 def segment(args):
     """K-means of every clip's tube features; where there are masks, mIoU by the paper's two protocols.
 
-    The paper leaves open what exactly is compared. Here a clip is the middle `frames` frames of a
-    video, its whole picture squeezed to the model's square, so that no object is cut off; the
-    background is one of the objects, in their number K as in the mean; mIoU is the mean over a
-    clip's objects, then over clips.
+    The paper leaves open what exactly is compared. Here a clip is the middle `frames` frames of a video,
+    its whole picture squeezed to the model's square, so that no object is cut off; the background is one
+    of the objects, in their number K as in the mean; mIoU is the mean over objects, then over clips.
     """
     with agreed():
         masked = (Path(args.data) / "JPEGImages").is_dir()
@@ -889,11 +889,11 @@ def segment(args):
     for n in evenly(len(index), 3) if rank() == 0 else ():
         item = clips[0, int(index[n])]
         rows.append(("video", item["video"][0, :, times].transpose(0, 1)))
-        for name, labels in (("ground truth", item.get("truth")), (f"clusters\n{scores[n, 0]:.0f}", few[n]),
-                             (f"10 clusters\n{scores[n, 1]:.0f}", many[n])):
+        first, second = (f"clusters\nmIoU {score:.0f}%" if score > 0 else "clusters" for score in scores[n])
+        for name, labels in (("ground truth", item.get("truth")), (first, few[n]), (f"10 {second}", many[n])):
             if labels is not None:  # objects and their clusters in one hue
                 rows.append((name, tint(item["video"], labels[None])[0, :, times].transpose(0, 1)))
-    if rows:
+    if rows:  # on rank 0
         save_pages(args.out / "segments.png", rows)
     scores = scores[scores.isfinite().all(dim=1)]  # of clips with masks
     if len(scores):
@@ -910,9 +910,8 @@ class Scenes(torch.utils.data.Dataset):
     """The middle clips of DAVIS's folders, whole pictures squeezed to a square: items as those of
     Clips, one view each, and `truth`: the masks, int64 [T, H, W] at their own size.
 
-    Every folder of pictures below JPEGImages is a video, masks of the same names lie below
-    Annotations, frames without one are skipped. Of a full DAVIS the validation videos, as the
-    paper. Raises ValueError.
+    Every folder of pictures below JPEGImages is a video, masks of the same names lie below Annotations,
+    frames without one are skipped. Of a full DAVIS the validation videos, as the paper.
     """
     def __init__(self, args):
         self.frames, self.stride, self.size = args.frames, args.stride, args.image_size
@@ -1018,7 +1017,8 @@ def bench(args):
         counted(data.normalize(clips[:1]), mask[:1])[0].backward()
     flops, trained = counter.get_total_flops(), wrapped(args, model)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
-    wait, repeat, seconds, parts = torch.cuda.synchronize if args.cuda else int, args.steps or 5, 0.0, []
+    wait = torch.cuda.synchronize if args.cuda else (lambda: None)
+    repeat, seconds, parts = args.steps or 5, 0.0, []
     for part in ("encoder", "decoder", "target and loss", "optimizer, gradients over ranks"):
         for i in range(2 + repeat):
             if i == 2:  # the first two warm up
