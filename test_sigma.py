@@ -1925,10 +1925,17 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
 
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
-    clips, truths, features, overlap = [], [], SIGMA.features, train.overlap
+    """K-means, of small differences, in float32 also where the model is not."""
+    clips, truths, features, overlap, kmeans = [], [], SIGMA.features, train.overlap, train.kmeans
+
+    def checked(x, *more):
+        assert x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return kmeans(x, *more)
+    monkeypatch.setattr(train, "kmeans", checked)
     monkeypatch.setattr(SIGMA, "features", lambda *given: (clips.append(given[1]), features(*given))[1])
     monkeypatch.setattr(train, "overlap", lambda *given: (truths.append(given[0]), overlap(*given))[1])
-    main_here("--segment", world / "ours.pt", "--data", world / "davis", "--out", tmp_path / "davis")
+    flags = "--data", world / "davis", "--out", tmp_path / "davis", "--precision", "bf16"
+    main_here("--segment", world / "ours.pt", *flags)
     record, = read_log(tmp_path / "davis")
     assert record["eval"] == "segment" and record["step"] == 7 and record["clips"] == 2      # of val.txt
     assert 0 < record["miou"] < record["miou_overclustering"] <= 100
