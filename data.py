@@ -44,11 +44,12 @@ av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame;
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # What libav may take a file for; not playlists (concat, hls, dash), which open other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192  # of one frame: a damaged header can ask for any amount of memory
-READ_SECONDS = 120        # after which a worker's decoder is taken to hang
-IDLE_SECONDS = 60         # without a batch while no worker reads, after which something is wrong
-WATCH_SECONDS = 1         # how often the loader looks after its workers while it waits
-ATTEMPTS = 20             # draws of a video, or starts of the workers, that may fail in a row
+MAX_PIXELS = 8192 * 8192   # of one frame: a damaged header can ask for any amount of memory
+MAX_KEPT_BYTES = 64 << 20  # files up to this size are read once, larger ones a second time
+READ_SECONDS = 120         # after which a worker's decoder is taken to hang
+IDLE_SECONDS = 60          # without a batch while no worker reads, after which something is wrong
+WATCH_SECONDS = 1          # how often the loader looks after its workers while it waits
+ATTEMPTS = 20              # draws of a video, or starts of the workers, that may fail in a row
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -85,25 +86,30 @@ class Video(contextlib.AbstractContextManager):
     is decoded. Elsewhere the decoder's order is the truth: frames are counted."""
     def __init__(self, path):
         with file_errors():
-            if os.path.getsize(path) == 0 or not os.path.isfile(path):  # a pipe would block
+            self.path, size = path, os.path.getsize(path)
+            if size == 0 or not os.path.isfile(path):  # a pipe would block
                 raise VideoError("is empty, or no regular file")
-            # A name with a colon is no address ("file:"), and no file leads to another.
-            path, limits = f"file:{path}", {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-            self.container = av.open(path, metadata_errors="ignore", container_options=limits)
-            self.stream = self.container.streams.best("video")  # the first may be a cover picture
-            self.codec = self.stream and self.stream.codec_context
-            if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
-                raise VideoError("it has no video stream that FFmpeg can decode")
-            self.codec.thread_count = 1  # the loader's workers are the parallelism
-            # explode: complain about damage instead of painting over it with pieces of other frames
-            self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+            self.keep = size <= MAX_KEPT_BYTES  # the packets, in memory
+            self._open()
             self._index()
 
     def __exit__(self, *_):
         self.container.close()
 
+    def _open(self):
+        # A name with a colon is no address ("file:"), and no file leads to another.
+        path, limits = f"file:{self.path}", {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        self.container = av.open(path, metadata_errors="ignore", container_options=limits)
+        self.stream = self.container.streams.best("video")  # the first may be a cover picture
+        self.codec = self.stream and self.stream.codec_context
+        if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
+            raise VideoError("it has no video stream that FFmpeg can decode")
+        self.codec.thread_count = 1  # the loader's workers are the parallelism
+        # explode: complain about damage instead of painting over it with pieces of other frames
+        self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+
     def _index(self):
-        """Demuxes the whole file into memory: every packet of the video, its time and whether it is shown."""
+        """Demuxes the whole file: every packet of the video, its time, kind, and whether it is shown."""
         rows, last, self.cut, mine, vp8 = [], None, None, self.stream.index, self.codec.name == "vp8"
         try:
             for packet in self.container.demux():
@@ -111,7 +117,7 @@ class Video(contextlib.AbstractContextManager):
                 if packet.size and packet.stream.index == mine:
                     # cut off by an edit list, or one of VP8's hidden references (RFC 6386, section 9.1)
                     hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
-                    rows.append((packet, packet.pts, hidden))
+                    rows.append((packet if self.keep else None, packet.pts, packet.is_keyframe, hidden))
         except (av.FFmpegError, OSError) as error:  # what came before is good; its end is not the video's
             self.cut = error.strerror or str(error)
         # A file that was cut off ends in half a packet, of any stream. (Headers' numbers of frames tell
@@ -119,8 +125,8 @@ class Video(contextlib.AbstractContextManager):
         if last is not None and last.is_corrupt:
             self.cut = self.cut or "the file ends in the middle of a frame"
             rows = rows[:-1] if last.stream.index == mine else rows
-        self.packets, self.pts, self.hidden = map(list, zip(*rows) if rows else ((),) * 3)
-        self.keys = [i for i, packet in enumerate(self.packets) if packet.is_keyframe] or [0]
+        self.packets, self.pts, keys, self.hidden = map(list, zip(*rows) if rows else ((),) * 4)
+        self.keys = [i for i, key in enumerate(keys) if key] or [0]
 
         # What lies before the first keyframe, in either order, may lack what it refers to: not certain.
         certain = True
@@ -150,9 +156,14 @@ class Video(contextlib.AbstractContextManager):
         to frames that are shown raises, not before the run begins. H.264's decoder complains where
         nothing is lost, too, at cuts and open groups: a doubt, until the packet's frame comes out."""
         self.codec.flush_buffers()  # it may hold frames of an earlier reading
-        self.doubts = {}
+        packets, self.doubts = self.packets, {}
+        if not self.keep:  # a large file is demuxed again
+            self.container.close()
+            self._open()
+            packets = (packet for packet in self.container.demux(self.stream) if packet.size)
         # None, at the end: what the decoder still holds back
-        for i, packet in enumerate(itertools.chain(self.packets[first:end], [None]), first):
+        run = itertools.chain(itertools.islice(packets, first, end), [None])
+        for i, packet in enumerate(run, first):
             needed, frames = packet is None or wanted is None or packet.pts in wanted, []
             self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
             try:

@@ -81,9 +81,11 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
     stream = on_device(args, data.load(train_set, sampler, args.workers, args.cuda))
     bar = tqdm(total=last, initial=step, desc="train", unit="step", disable=rank() > 0 or None)
     evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # up to there
-    bad, trouble, saved = {}, None, -math.inf  # unreadable: path -> reason; why to stop; when
+    bad, failed, read = {}, 0, 0  # unreadable: path -> reason; draws that failed, and did not
+    trouble, saved = None, -math.inf  # why to stop; when
     logged, since, waited = step, None, 0.0  # the last line, and the time from there on
-    taken, moved = -1, step  # steps that were not left out, the last of them
+    # AdamW counts the steps that were not left out, for its first parameter as for all.
+    taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step  # moved: the last
     for number in (signal.SIGTERM, signal.SIGINT):  # heard after the step, or the evaluation's batch
         signal.signal(number, lambda signum, frame: setattr(args, "stop", signum))
     model.train()
@@ -93,10 +95,10 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
         keep = step % (args.keep_every * per_epoch) == 0
         if step > start and (due or keep or time.monotonic() > saved + 60 * args.save_minutes):
             saved = time.monotonic()  # also on failure: a full disk is not tried at every step
+            if keep:  # first, for a run that resumes here does not come back to it
+                save(step, f"checkpoint-{step // per_epoch:04d}.pt")
             if not save(step) and step == last and rank() == 0:
                 raise Stop("training is done, but not saved: make room, run the same command again", code=1)
-            if keep:
-                save(step, f"checkpoint-{step // per_epoch:04d}.pt")
         if due and step > evaluated:
             evaluate(log, step)
             plot(log.records, args.out / "curve.png")
@@ -129,6 +131,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
                 scaler.scale(loss / args.accumulate).backward()  # their mean
             rows.append(torch.stack([loss.detach().float(), *(value.float() for value in stats.values())]))
             bad.update(batch["bad"])
+            failed, read = failed + len(batch["bad"]), read + len(batch["index"]) // args.repeats
 
         # ---- the step itself: fp16 adapts its scale, the others keep 1 ----
         scaler.step(optimizer)  # none where gradients are not finite
@@ -139,7 +142,6 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
         # ---- a line of log.jsonl, of statistics over all ranks: for it the GPU is waited for ----
         if step % max(1, min(50, last // 500)) == 0 or step % per_epoch == 0 or step == last:
             row = (sigma.all_reduce(torch.stack(rows).mean(dim=0)) / world()).tolist()  # the wait
-            # AdamW counts the steps that were not left out, for its first parameter as for all.
             before, taken = taken, int(next(iter(optimizer.state.values()))["step"])
             moved, seconds = step if taken > before else moved, time.monotonic() - since
             log.line(step, per_epoch, last, bad, lr=group["lr"], **dict(zip(["loss", *stats], row)),
@@ -148,7 +150,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
             if step - moved >= GIVE_UP[args.precision]:
                 raise Stop(f"loss or gradients of {step - moved} steps in a row are not finite; "
                            f"{args.out}/checkpoint.pt is good: lower --lr, or use bf16", code=1)
-            if len(bad) > args.videos / 2:  # of all ranks by now
+            if failed > max(100, read):
                 trouble = "over half of the videos are unreadable, as {}: {}".format(*bad.popitem())
             bar.update(step - logged)
             logged, since, waited = step, None, 0.0
@@ -209,8 +211,10 @@ def pretrain(args):
     def evaluate(log, step):
         # Pictures first: the line of k-NN says that this evaluation is done and not made again.
         for draw in (preview, prototype_sheet) if step else ():
-            with suppress(Stop):  # none of the few videos can be read: worth no stop
+            try:
                 draw(args, model, shown_set)
+            except Stop as reason:  # none of the few videos can be read
+                say(f"warning: no {draw.__name__}: {reason}")
         if val_videos is not None:  # k-NN needs no training, and so can be watched while a run goes
             queries = bank = features(args, model, val_videos)
             if train_videos.labels.min() >= 0:  # else each video of --val is judged by the others
@@ -220,10 +224,10 @@ def pretrain(args):
     fit(args, model, parameter_groups(model), betas, train_set, objective, evaluate)
 
 
-def make_model(args, **changed):
-    """SIGMA as the flags say, but for what is `changed`."""
+def make_model(args):
+    """SIGMA as the flags say."""
     names = "assignment", "teacher", "frames", "image_size", "recompute"
-    flags = {**{name: getattr(args, name) for name in names}, **changed}
+    flags = {name: getattr(args, name) for name in names}
     return SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
 
 
@@ -268,7 +272,7 @@ def resume(args, parts):
                         part.load_state_dict(checkpoint[name])
                 say(f"resuming {args.out} at step {step}")
             log = Log(args, step)
-        except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"{path} does not fit this run ({reason}): use another --out") from None
     if over_ranks(step) != -over_ranks(-step):  # ranks would wait for each other for ever
@@ -283,12 +287,15 @@ class Log:
         self.args, self.path, self.records = args, args.out / "log.jsonl", []
         self.told, self.warned = time.monotonic(), False  # the last line for people; of a collapse
         if rank() == 0 and self.path.exists() and step:
-            records = map(json.loads, self.path.read_bytes().split(b"\n")[:-1])  # whole lines
-            self.records = [r for r in records if r.get("step", r.get("at_step")) <= step]
+            try:
+                records = map(json.loads, self.path.read_bytes().split(b"\n")[:-1])  # whole lines
+                self.records = [r for r in records if r.get("step", r.get("at_step")) <= step]
+            except (ValueError, TypeError, AttributeError):
+                raise ValueError(f"{self.path} is no log of this program: move it away") from None
         elif rank() == 0 and self.path.exists():  # a log without its checkpoint is kept, under another name
             os.replace(self.path, self.path.with_name(f"log-{int(time.time())}.jsonl"))
         self.text = b"".join(json.dumps(record).encode() + b"\n" for record in self.records)
-        self.save = lambda: replace_file(self.path, lambda file: file.write(self.text))
+        self.save = partial(replace_file, self.path, lambda file: file.write(self.text))
 
     def write(self, **record):
         """Adds a line. NaN and infinity are no JSON, and become null."""
@@ -296,7 +303,7 @@ class Log:
             self.records.append({name: None if isinstance(value, float) and not math.isfinite(value)
                                  else value for name, value in record.items()})
             self.text += json.dumps(self.records[-1]).encode() + b"\n"
-            self.save()
+            self.save(sync=False)
 
     def report(self, kind, step, **found):
         """An evaluation: into the log, and for people."""
@@ -336,7 +343,7 @@ class Log:
         plot(self.records, args.out / "curve.png")
 
 
-def replace_file(path, write):
+def replace_file(path, write, sync=True):
     """Writes a file by write(open file), atomically: also after a kill it is the old or the new one, whole.
     -> True; where it cannot be written, on a full disk, a warning and False."""
     part = path.with_name(path.name + ".part")
@@ -344,7 +351,8 @@ def replace_file(path, write):
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the name with nothing behind it
+            if sync:  # else a power cut could leave the name with nothing behind it
+                os.fsync(file.fileno())
         os.replace(part, path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
@@ -454,7 +462,7 @@ def on_device(args, loader):
     while the step on this one runs."""
     side, ahead = torch.cuda.Stream(args.device) if args.cuda else None, None
     for batch in loader:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side) if side else nullcontext():
             batch["video"] = batch["video"].to(args.device, non_blocking=True)
         if ahead is not None:
             yield ahead
@@ -665,7 +673,7 @@ def read_weights(path):
     content = load_checkpoint(path)
     inside = [content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)]
     # Written under DDP, torch.compile or as part of a larger model, names have a prefix.
-    state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", name): value
+    state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", str(name)): value
              for name, value in (*inside, content)[0].items() if isinstance(value, torch.Tensor)}
     for name in [name for name in state if "attention.attention.query" in name]:
         state[name] = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
@@ -684,7 +692,8 @@ def read_weights(path):
     model = {"size": size[0], "loss": "sigma" if clustered else "l2", "step": content.get("step", 0),
              "prototypes": len(state.get("prototypes", "1")), "teacher": "vits16" if out == 384 else "vitb16",
              "target": "mlp" if "head.2.weight" in state else "pixel" if pixels else "dino"}
-    said = getattr(content.get("args"), "__dict__", content.get("args") or {})  # the authors' is a Namespace
+    said = getattr(content.get("args"), "__dict__", content.get("args"))  # the authors' is a Namespace
+    said = said if isinstance(said, dict) else {}  # others' can be anything
     clip = {ours: said.get(ours, said.get(theirs)) for ours, theirs in (
         ("frames", "num_frames"), ("stride", "sampling_rate"), ("image_size", "input_size"))}
     return state, model, {name: value for name, value in clip.items() if isinstance(value, int)}
@@ -890,8 +899,9 @@ def segment(args):
         item = clips[0, int(index[n])]
         rows.append(("video", item["video"][0, :, times].transpose(0, 1)))
         first, second = (f"clusters\nmIoU {score:.0f}%" if score > 0 else "clusters" for score in scores[n])
-        for name, labels in (("ground truth", item.get("truth")), (first, few[n]), (f"10 {second}", many[n])):
-            if labels is not None:  # objects and their clusters in one hue
+        truth = item["truth"].unique(return_inverse=True)[1] if masked else None  # by place, as the clusters
+        for name, labels in (("ground truth", truth), (first, few[n]), (f"10 {second}", many[n])):
+            if labels is not None:
                 rows.append((name, tint(item["video"], labels[None])[0, :, times].transpose(0, 1)))
     if rows:  # on rank 0
         save_pages(args.out / "segments.png", rows)
@@ -1012,13 +1022,17 @@ def bench(args):
     mask = sigma.tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
     visible, masked = sigma.split_mask(mask, args.device)  # [B, V], [B, M]
     # Operations of a clip; recomputing is no work, and only plain attention is counted everywhere.
+    model.encoder.recompute = model.decoder.recompute = False
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        counted = make_model(args, recompute=False).to(args.device)
-        counted(data.normalize(clips[:1]), mask[:1])[0].backward()
+        model(data.normalize(clips[:1]), mask[:1])[0].backward()
+    model.encoder.recompute = model.decoder.recompute = args.recompute
+    model.zero_grad(set_to_none=True)  # of the counting
     flops, trained = counter.get_total_flops(), wrapped(args, model)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
     wait = torch.cuda.synchronize if args.cuda else (lambda: None)
     repeat, seconds, parts = args.steps or 5, 0.0, []
+    if args.cuda:
+        torch.cuda.reset_peak_memory_stats()
     for part in ("encoder", "decoder", "target and loss", "optimizer, gradients over ranks"):
         for i in range(2 + repeat):
             if i == 2:  # the first two warm up
@@ -1083,7 +1097,7 @@ FLAGS = {
     "eps": (positive, 0.05, "Sinkhorn's ε; the release uses 0.03 for SSv2 with ViT-B"),
     "mask-ratio": (positive, 0.9, 0.75, "share of tubes hidden"),
     "frames": (count, 16, 8, "in a clip"),
-    "stride": (whole, 4, 2, "frames from one to the next; SSv2: 2, fine-tuned 0: over all the video"),
+    "stride": (whole, 4, 2, "frames from one to the next; 0: spread over the video. SSv2: 2, fine-tuned 0"),
     "image-size": (count, 224, 48, "pixels a side"),
     "repeats": (count, 1, "crops from one decoding, where decoding limits"),
     "epochs": (count, 800, 25, "length of the schedule"),
@@ -1118,8 +1132,12 @@ def parse_args(argv=None):
         text += f" [{', '.join(map(str, both))}]" if both else ""
         parser.add_argument(f"--{name}", help=text, **{key: kind}, **bare)  # None: not said
     args = parser.parse_args(argv)
-    said = [mode for mode in ("probe", "finetune", "segment", "bench") if getattr(args, mode) is not None]
+    modes = "probe", "finetune", "segment", "bench"
+    said = [mode for mode in modes if getattr(args, mode) not in (None, False)]
     args.mode, args.demo = (said or ["pretrain"])[0], args.data in (None, "demo") and not args.bench
+
+    if len(said) > 1:
+        refuse(f"--{' and --'.join(said)} are not allowed with one another")
 
     # ---- what was not said: by the data set, over it the checkpoint, over it the mode ----
     defaults = {name.replace("-", "_"): both[-1 if args.demo else 0] if both else None
@@ -1141,7 +1159,8 @@ def parse_args(argv=None):
         defaults.update({"epochs": 15, "lr": 1e-2} if args.demo else {})
     defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)
     defaults["loss"] = "l2" if args.target == "pixel" else "sigma"
-    defaults["out"] = f"runs/{Path(args.data or 'demo').stem}-{args.mode}".removesuffix("-pretrain")
+    name = Path(args.data or "demo").resolve().stem or "run"
+    defaults["out"] = f"runs/{name}-{args.mode}".removesuffix("-pretrain")
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.out = Path(args.out)
 
@@ -1149,7 +1168,6 @@ def parse_args(argv=None):
     patch, *_ = SIZES[args.size]
     patches = (args.image_size // patch) ** 2
     for wrong, message in (
-            (len(said) > 1, f"--{' and --'.join(said)} are not allowed with one another"),
             (args.bench and args.accumulate > 1, "--bench times micro-batches: leave --accumulate out"),
             (args.batch_size % args.repeats, "--repeats must divide --batch-size"),
             (args.frames % TUBELET, f"--frames must be a multiple of {TUBELET}"),
@@ -1164,6 +1182,8 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # files' names can hold what no terminal can show
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
+        # Until training waits with it for the end of a step.
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         args = parse_args(argv)
         if args.workers != 0 and not args.bench:
             data.preload_workers()  # they take seconds, which pass beside what comes next
@@ -1176,6 +1196,8 @@ def main(argv=None):
     except Stop as stop:
         leave(stop.message, stop.code)
     except (data.VideoError, data.WorkerError) as error:
+        if args.stop:  # torchrun's signal ends the loader's workers, too
+            raise SystemExit(128 + args.stop) from None
         leave(str(error), 1)
     except torch.OutOfMemoryError as error:
         leave(f"too little GPU memory: lower --batch-size or --recompute ({str(error).splitlines()[0]})", 1)
