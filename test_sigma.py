@@ -674,7 +674,7 @@ def test_a_copy_that_begins_in_an_open_group_is_read(tmp_path, suffix):
     path = video_copy(source, tmp_path / f"cut.{suffix}", avoid_negative_ts="disabled", change=lambda i, _:
                       (times[i] - zero, i - zero - 5) if i >= start else None)
     frames = video_check(path)
-    assert N - times[start] - 2 < frames < N
+    assert N - times[start] - 3 < frames < N     # the edit list's first is shown or not, by FFmpeg's version
     with data.Video(path) as file:
         assert file.frames == frames             # what cannot be shown is not counted either
     assert video_check(source) == N              # in the middle, too
@@ -1097,15 +1097,6 @@ if __name__ == "__main__":
 """
 
 
-def test_it_works_where_only_spawn_starts_processes(video_set, tmp_path):
-    (tmp_path / "script.py").write_text(SPAWN_ONLY)
-    flags = run_flags(video_set, tmp_path / "run", "--steps", "2", "--workers", "1")
-    done = subprocess.run([sys.executable, tmp_path / "script.py", *map(str, flags)], capture_output=True,
-                          text=True, timeout=120, env={**ONE_THREAD, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0 and done.stdout.startswith("spawn") and not done.stderr, done.stderr
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-
-
 # ============ data.py: prepare, demo, command line ============
 
 @pytest.fixture
@@ -1403,6 +1394,16 @@ def whole(videos, tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         log = run_here(videos, out, "--val", videos)
     return SimpleNamespace(out=out, said=said.getvalue(), log=log)
+
+
+@beside
+def test_it_works_where_only_spawn_starts_processes(video_set, tmp_path):
+    (tmp_path / "script.py").write_text(SPAWN_ONLY)
+    flags = run_flags(video_set, tmp_path / "run", "--steps", "2", "--workers", "1")
+    done = subprocess.run([sys.executable, tmp_path / "script.py", *map(str, flags)], capture_output=True,
+                          text=True, timeout=120, env={**ONE_THREAD, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and done.stdout.startswith("spawn") and not done.stderr, done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @beside

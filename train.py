@@ -1191,7 +1191,7 @@ def main(argv=None):
         if not args.bench:
             take_folder(args)
         globals()[args.mode](args)  # pretrain, probe, finetune, segment or bench
-        if world() > 1:
+        if world() > 1 and args.cuda:  # NCCL asks for it; to end gloo's can hang in torch 2.6
             dist.destroy_process_group()
     except Stop as stop:
         leave(stop.message, stop.code)
