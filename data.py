@@ -526,7 +526,8 @@ class Clips(Dataset):
 
 
 def collate(items):
-    """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list)."""
+    """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list); of a single
+    item also its `truth`, masks of any size."""
     batch = {key: torch.cat([item[key] for item in items]) for key in ("video", "mask", "truth")
              if key in items[0]}
     for key in ("label", "index"):

@@ -1256,6 +1256,7 @@ def main_here(*arguments):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "stream", None)    # not even asked for: without CUDA it fails on a Mac
         try:
             train.main(["--workers", "0", "--precision", "fp32", *map(str, arguments)])
         finally:
@@ -1532,6 +1533,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, videos, tmp_path, ca
     assert sigma.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
     run_here(*flags)
     same_run(tmp_path, whole.out)
+
+
+def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path, capsys, monkeypatch):
+    """As torchrun's, in the middle of an evaluation."""
+    def features(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise data.WorkerError("a worker has ended (signal 15)")
+    monkeypatch.setattr(train, "features", features)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(videos, tmp_path, "--val", videos)
+    assert stopped.value.code == 128 + signal.SIGTERM and "error" not in capsys.readouterr().err
 
 
 def test_a_killed_loader_worker_and_a_full_gpu_end_in_one_line(videos, tmp_path, capsys, meddle):

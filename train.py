@@ -71,7 +71,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
     # nobody waits for the GPU to know. Hence a scaler for bf16 and fp32 too, where its scale is 1.
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0 ** 16 if args.precision == "fp16" else 1.0)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # of a checkpoint
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # what a checkpoint holds
     start, log = resume(args, parts)
     step, trained = start, wrapped(args, model)
     save = partial(save_checkpoint, args, log, parts, per_epoch)
@@ -80,9 +80,9 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
     sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate  # in micro-batches
     stream = on_device(args, data.load(train_set, sampler, args.workers, args.cuda))
     bar = tqdm(total=last, initial=step, desc="train", unit="step", disable=rank() > 0 or None)
-    evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # up to there
+    evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # its step
     bad, failed, read = {}, 0, 0  # unreadable: path -> reason; draws that failed, and did not
-    trouble, saved = None, -math.inf  # why to stop; when
+    trouble, saved = None, -math.inf  # why to stop; the time of the last checkpoint
     logged, since, waited = step, None, 0.0  # the last line, and the time from there on
     # AdamW counts the steps that were not left out, for its first parameter as for all.
     taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step  # moved: the last
@@ -109,7 +109,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
         began = time.monotonic()
         since = since or began  # evaluations take no part
         try:
-            micro_batches = [next(stream) for _ in range(args.accumulate)]  # always full ones
+            micro_batches = [next(stream) for _ in range(args.accumulate)]  # full: failed draws are replaced
         except (data.VideoError, data.WorkerError) as error:
             trouble = str(error)
         waited += time.monotonic() - began
@@ -141,7 +141,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
 
         # ---- a line of log.jsonl, of statistics over all ranks: for it the GPU is waited for ----
         if step % max(1, min(50, last // 500)) == 0 or step % per_epoch == 0 or step == last:
-            row = (sigma.all_reduce(torch.stack(rows).mean(dim=0)) / world()).tolist()  # the wait
+            row = (sigma.all_reduce(torch.stack(rows).mean(dim=0)) / world()).tolist()  # the one wait
             before, taken = taken, int(next(iter(optimizer.state.values()))["step"])
             moved, seconds = step if taken > before else moved, time.monotonic() - since
             log.line(step, per_epoch, last, bad, lr=group["lr"], **dict(zip(["loss", *stats], row)),
@@ -836,7 +836,7 @@ def finetune(args):
     model.to(args.device)
     train_set = open_clips(args, train, True, args.repeats, draw_crop=data.draw_resized,
                            transform=augmentation(args.flip))
-    test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops of each
+    test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: all of the picture
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=classes)
                            for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
     say(f"fine-tuning {args.size} from {args.finetune} (new: {', '.join(new) or 'nothing'}): {classes} "
@@ -940,11 +940,11 @@ class Scenes(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, key):
-        pairs = self.videos[key[1]]
+        pairs, square = self.videos[key[1]], (self.size, self.size)
         numbers = data.frame_numbers(len(pairs), self.frames, self.stride)
         frames, masks = zip(*(pairs[min(n, len(pairs) - 1)] for n in numbers))  # the last again where short
         with data.announced(self, key[1]), data.file_errors():
-            pictures = [Image.open(frame).convert("RGB").resize((self.size,) * 2, 2) for frame in frames]
+            pictures = [Image.open(path).convert("RGB").resize(square, Image.BILINEAR) for path in frames]
             video, truth = (torch.from_numpy(np.stack([np.asarray(picture) for picture in clip]))
                             for clip in (pictures, map(Image.open, masks)))
             if truth.ndim != 3:
@@ -1021,6 +1021,9 @@ def bench(args):
     clips = torch.randint(256, shape, dtype=torch.uint8, device=args.device)  # [B, 3, T, S, S]
     mask = sigma.tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
     visible, masked = sigma.split_mask(mask, args.device)  # [B, V], [B, M]
+    where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} CPU threads"
+    say(f"{args.size}, {args.target}, {world()} x {args.batch_size} clips of {args.frames} frames; "
+        f"{args.precision} on {where}{', compiled' * args.compile}{', recomputed' * args.recompute}")
     # Operations of a clip; recomputing is no work, and only plain attention is counted everywhere.
     model.encoder.recompute = model.decoder.recompute = False
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -1053,13 +1056,10 @@ def bench(args):
         before, seconds = seconds, (time.perf_counter() - began) / repeat  # a step up to here
         parts.append(f"{1000 * (seconds - before) / args.batch_size:9.3f} ms a clip  {part}")
 
-    where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} CPU threads"
     memory = f"; {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if args.cuda else ""
     speed = flops * args.batch_size / seconds / 1e12  # TFLOP/s
     peak = next((peak for card, peak in PEAK.items() if re.search(rf"\b({card})\b", where)), 0)
     mfu = f", MFU {speed / peak:.1%}" if peak and args.precision != "fp32" else ""
-    say(f"{args.size}, {args.target}, {world()} x {args.batch_size} clips of {args.frames} frames; "
-        f"{args.precision} on {where}{', compiled' * args.compile}{', recomputed' * args.recompute}")
     say(f"{args.global_batch / seconds:.2f} clips/s, {1000 * seconds:.1f} ms a step; {flops / 1e9:.1f} GFLOP "
         f"a clip, {speed:.3f} TFLOP/s a process{mfu}{memory}\n" + "\n".join(parts))
 
@@ -1134,10 +1134,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     modes = "probe", "finetune", "segment", "bench"
     said = [mode for mode in modes if getattr(args, mode) not in (None, False)]
-    args.mode, args.demo = (said or ["pretrain"])[0], args.data in (None, "demo") and not args.bench
-
     if len(said) > 1:
         refuse(f"--{' and --'.join(said)} are not allowed with one another")
+    args.mode, args.demo = (said or ["pretrain"])[0], args.data in (None, "demo") and not args.bench
 
     # ---- what was not said: by the data set, over it the checkpoint, over it the mode ----
     defaults = {name.replace("-", "_"): both[-1 if args.demo else 0] if both else None
@@ -1159,7 +1158,7 @@ def parse_args(argv=None):
         defaults.update({"epochs": 15, "lr": 1e-2} if args.demo else {})
     defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)
     defaults["loss"] = "l2" if args.target == "pixel" else "sigma"
-    name = Path(args.data or "demo").resolve().stem or "run"
+    name = Path(os.path.abspath(args.data or "demo")).stem or "run"  # also of --data .
     defaults["out"] = f"runs/{name}-{args.mode}".removesuffix("-pretrain")
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.out = Path(args.out)
@@ -1182,7 +1181,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # files' names can hold what no terminal can show
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
-        # Until training waits with it for the end of a step.
+        # Training replaces this by a flag, to end its step first.
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         args = parse_args(argv)
         if args.workers != 0 and not args.bench:
