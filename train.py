@@ -1,18 +1,13 @@
 """Pretrain SIGMA, from a laptop to a cluster, and evaluate what it learned.
 
     torchrun train.py                                     the demo: synthetic videos, minutes on two CPU cores
-    torchrun train.py --data kinetics/train --size base   one GPU (plain `python train.py` works too)
     torchrun --nproc_per_node 8 train.py --data train.csv --val val.csv --target dino --out runs/k400
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --data ...
-
     torchrun train.py --probe runs/demo/checkpoint.pt     k-NN and linear probe of frozen features
     torchrun train.py --finetune authors.pth --data train.csv --val val.csv
     torchrun train.py --segment runs/demo/checkpoint.pt   unsupervised video object segmentation
-    torchrun train.py --bench --size base                 what a step costs on this machine, and its parts
 
-Started again with the same --out a run resumes; its loss curve is the one it would have had uninterrupted.
-In this order: the loop, pretraining, a run's log and checkpoints; processes; evaluation; bench; flags.
-"""
+Started again with the same --out a run resumes; its loss curve is that of an uninterrupted run. In this
+order: the loop, pretraining, log and checkpoints, processes, evaluation, bench, flags."""
 import argparse
 import ctypes
 import itertools
@@ -26,11 +21,10 @@ import time
 import warnings
 from collections import ChainMap
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-# Before PyTorch starts its threads: on a CPU they share the cores with the loader's workers, and a
-# thread that spins while it waits for another keeps that one from running.
+# Before PyTorch's threads start: they would spin while they wait, on the loader's cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -40,12 +34,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import BatchSampler, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import sigma
-from sigma import SIGMA, SIZES, TEACHERS, TUBELET, Encoder, load_checkpoint, patchify
+from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint, patchify
 
 try:
     import fcntl
@@ -53,22 +48,21 @@ except ImportError:  # Windows: two runs in one folder go unnoticed
     fcntl = None
 
 
-# ============ the training loop, of pretraining and of fine-tuning ============
+# ============ the training loop ============
 def fit(args, model, groups, betas, train_set, objective, evaluate):
-    """Trains until --epochs or --steps are done, going on from what lies in --out.
+    """Trains until --epochs or --steps are done, from where --out left off.
 
-    groups: AdamW's, with `lr_scale` where the learning rate differs by layer.
+    groups: AdamW's, with `lr_scale` where layers learn at different rates.
     objective(model, normalised video, batch, step) -> loss, dict of statistics.
-    evaluate(log, step): before the first step, every --eval-every epochs, at the end.
-    """
+    evaluate(log, step): before the first step, every --eval-every epochs, at the end."""
     sampler = data.EpochSampler(len(train_set), args.batch_size, rank(), world(), args.seed, args.repeats,
                                 args.accumulate)
     per_epoch = sampler.steps_per_epoch // args.accumulate  # optimiser steps
-    last = min(args.epochs * per_epoch, args.steps or math.inf)  # the step after which the run is done
+    last = min(args.epochs * per_epoch, args.steps or math.inf)  # the run's last step
     for group in groups:  # learning rates are per 256 clips
         group["initial_lr"] = args.lr * args.clips_a_step / 256 * group.pop("lr_scale", 1.0)
-    # Fused, AdamW leaves a step out, and does not count it, where the scaler finds gradients not finite;
-    # nobody waits for the GPU to know. Hence a scaler for bf16 and fp32 too, where its scale is 1.
+    # Fused, AdamW neither takes nor counts a step where the scaler finds gradients not finite, and nobody
+    # waits for the GPU to know. Hence a scaler for bf16 and fp32 too, of scale 1.
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0 ** 16 if args.precision == "fp16" else 1.0)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # what a checkpoint holds
@@ -76,47 +70,46 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
     step, trained = start, wrapped(args, model)
     save = partial(save_checkpoint, args, log, parts, per_epoch)
 
-    # Every batch can be computed from its number: a resumed run goes on with the very next one.
-    sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate  # in micro-batches
+    # Micro-batches; each follows from its number, so a resumed run goes on with the very next one.
+    sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
     stream = on_device(args, data.load(train_set, sampler, args.workers, args.cuda))
-    bar = tqdm(total=last, initial=step, desc="train", unit="step", disable=rank() > 0 or None)
+    bar = tqdm(total=last, initial=step, desc="train", disable=rank() > 0 or None)
     evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # its step
-    bad, failed, read = {}, 0, 0  # unreadable: path -> reason; draws that failed, and did not
-    trouble, saved = None, -math.inf  # why to stop; the time of the last checkpoint
+    bad, trouble, saved = {}, None, -math.inf  # path -> reason; why to stop; time of the last checkpoint
     logged, since, waited = step, None, 0.0  # the last line, and the time from there on
-    # AdamW counts the steps that were not left out, for its first parameter as for all.
-    taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step  # moved: the last
-    for number in (signal.SIGTERM, signal.SIGINT):  # heard after the step, or the evaluation's batch
+    # AdamW's count of steps (for each parameter the same), and the last that was not left out
+    taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step
+    for number in (signal.SIGTERM, signal.SIGINT):  # heard after the step, or an evaluation's batch
         signal.signal(number, lambda signum, frame: setattr(args, "stop", signum))
     model.train()
     while True:
-        # ---- once in a while: a checkpoint (thrice the model, and it waits for the disk); evaluation ----
+        # ---- once in a while: a checkpoint (three times the model), an evaluation ----
         due = step in (0, last) or args.eval_every > 0 and step % (args.eval_every * per_epoch) == 0
         keep = step % (args.keep_every * per_epoch) == 0
         if step > start and (due or keep or time.monotonic() > saved + 60 * args.save_minutes):
             saved = time.monotonic()  # also on failure: a full disk is not tried at every step
-            if keep:  # first, for a run that resumes here does not come back to it
+            if keep:  # first, as a resumed run does not come back to it
                 save(step, f"checkpoint-{step // per_epoch:04d}.pt")
             if not save(step) and step == last and rank() == 0:
-                raise Stop("training is done, but not saved: make room, run the same command again", code=1)
+                raise Stop("training is done, but not saved: make room and run it again", code=1)
         if due and step > evaluated:
             evaluate(log, step)
             plot(log.records, args.out / "curve.png")
         if step >= last:
             return bar.close()
 
-        # ---- data; or a reason to stop, which all hear before one waits for another's gradients ----
+        # ---- data, or a reason to stop, which all hear before they wait for each other ----
         began = time.monotonic()
         since = since or began  # evaluations take no part
         try:
-            micro_batches = [next(stream) for _ in range(args.accumulate)]  # full: failed draws are replaced
+            micro_batches = [next(stream) for _ in range(args.accumulate)]
         except (data.VideoError, data.WorkerError) as error:
             trouble = str(error)
         waited += time.monotonic() - began
         reason = over_ranks(args.stop or (0.5 if trouble else 0))  # a signal outranks trouble
         if reason:
-            resumable = over_ranks(float(save(step)))  # all wait: torchrun kills them at the first exit
-            say(f"stopped after step {step}; {'the same command goes on' if resumable else 'NOT saved'}")
+            kept = over_ranks(float(save(step)))  # all wait: torchrun kills them at the first exit
+            say(f"stopped after step {step}; {'the same command goes on' if kept else 'NOT saved'}")
             raise SystemExit(128 + int(reason)) if reason >= 1 else Stop(trouble, code=1)
 
         # ---- forward and backward: nothing waits for the GPU; gradients go over ranks once a step ----
@@ -129,9 +122,8 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
                 with args.autocast():
                     loss, stats = objective(trained, data.normalize(batch["video"]), batch, step)
                 scaler.scale(loss / args.accumulate).backward()  # their mean
-            rows.append(torch.stack([loss.detach().float(), *(value.float() for value in stats.values())]))
-            bad.update(batch["bad"])
-            failed, read = failed + len(batch["bad"]), read + len(batch["index"]) // args.repeats
+            rows.append(torch.stack([loss.detach(), *stats.values()]))
+            bad.update(batch["bad"])  # unreadable
 
         # ---- the step itself: fp16 adapts its scale, the others keep 1 ----
         scaler.step(optimizer)  # none where gradients are not finite
@@ -139,7 +131,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-        # ---- a line of log.jsonl, of statistics over all ranks: for it the GPU is waited for ----
+        # ---- a line of log.jsonl, over all ranks: for it the GPU is waited for ----
         if step % max(1, min(50, last // 500)) == 0 or step % per_epoch == 0 or step == last:
             row = (sigma.all_reduce(torch.stack(rows).mean(dim=0)) / world()).tolist()  # the one wait
             before, taken = taken, int(next(iter(optimizer.state.values()))["step"])
@@ -147,19 +139,19 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
             log.line(step, per_epoch, last, bad, lr=group["lr"], **dict(zip(["loss", *stats], row)),
                      clips_per_second=(step - logged) * args.clips_a_step / seconds,
                      data_wait=waited / seconds, skipped=step - taken, loss_scale=scaler.get_scale())
-            if step - moved >= GIVE_UP[args.precision]:
-                raise Stop(f"loss or gradients of {step - moved} steps in a row are not finite; "
-                           f"{args.out}/checkpoint.pt is good: lower --lr, or use bf16", code=1)
-            if failed > max(100, read):
+            if step - moved >= (50 if args.precision == "fp16" else 5):  # fp16 first halves its scale
+                raise Stop(f"{step - moved} steps in a row are not finite; checkpoint.pt is good: "
+                           "lower --lr, or use bf16", code=1)
+            if len(bad) > args.videos / 2:
                 trouble = "over half of the videos are unreadable, as {}: {}".format(*bad.popitem())
             bar.update(step - logged)
             logged, since, waited = step, None, 0.0
 
 
 def share_of_peak(args, step, per_epoch):
-    """The learning rate as a share of its peak: a linear warm-up, then half a cosine to --min-lr."""
+    """The learning rate's share of its peak: linear warm-up, then half a cosine to --min-lr."""
     total, warmup, floor = args.epochs * per_epoch, args.warmup_epochs * per_epoch, args.min_lr / args.lr
-    if step < warmup:  # AdamW divides by the gradients' size, of which it knows little at first
+    if step < warmup:  # while AdamW's averages are young
         return step / warmup
     done = min(1, (step - warmup) / max(1, total - warmup))  # 0 to 1
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
@@ -175,87 +167,85 @@ def parameter_groups(model):
 
 
 def wrapped(args, model):
-    """The model as it is called in training: compiled and over all ranks, where asked."""
+    """The model as training calls it: compiled and over all ranks, where asked."""
     if args.compile:
-        for block in model.modules():  # block by block: short to compile, and DDP's overlap stays
+        for block in model.modules():  # block by block: quick, and DDP's overlap stays
             if isinstance(block, sigma.Block):
                 block.compile()
         sigma.sigma_loss = torch.compile(sigma.sigma_loss)
     if world() == 1:
         return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # the only name before torch 2.15
-    # No device_ids: DDP would move the mask to the GPU, and to count it there is to wait.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # only from torch 2.15 on
+    # No device_ids: the mask is counted on the CPU, as nothing may wait for the GPU.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ============ pretraining ============
 def pretrain(args):
-    """The paper's training: tubes hidden by mask, their features predicted from what is seen."""
+    """The paper's training: features of hidden tubes, predicted from the visible ones."""
     train_videos, val_videos = open_data(args)
     torch.manual_seed(args.seed)
     with agreed():
-        model = make_model(args)
+        model, hide = make_model(args)
     load_teacher(args, model)
     model.to(args.device)
-
-    # A mask per clip, drawn with it in the loader: the same tubes are hidden in a resumed run.
-    frames, rows, columns = model.grid  # in tubes
-    hide = partial(sigma.tube_mask, frames=frames, patches=rows * columns, ratio=args.mask_ratio)
+    # Masks are drawn with their clips, the same in a resumed run.
     train_set = open_clips(args, train_videos, True, args.repeats, mask=partial(hide, args.repeats))
-    shown_set = open_clips(args, val_videos or train_videos, mask=partial(hide, 1))  # of the pictures
+    shown_set = open_clips(args, val_videos or train_videos, mask=partial(hide, 1))  # for pictures
     say(f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {args.videos} videos; {args.about}")
 
     def objective(model, video, batch, step):
-        return model(video, batch["mask"])  # the mask stays on the CPU, where its count is needed
+        return model(video, batch["mask"])  # the mask stays on the CPU
 
     def evaluate(log, step):
-        # Pictures first: the line of k-NN says that this evaluation is done and not made again.
+        # Pictures first: k-NN's line says that this evaluation is done.
         for draw in (preview, prototype_sheet) if step else ():
-            try:
+            with suppress(Stop):  # none of the few videos can be read
                 draw(args, model, shown_set)
-            except Stop as reason:  # none of the few videos can be read
-                say(f"warning: no {draw.__name__}: {reason}")
-        if val_videos is not None:  # k-NN needs no training, and so can be watched while a run goes
+        if val_videos is not None:
             queries = bank = features(args, model, val_videos)
             if train_videos.labels.min() >= 0:  # else each video of --val is judged by the others
                 bank = features(args, model, train_videos, limit=20_000)
             log.report("knn", step, top1=knn(*bank, *queries))
-    betas = 0.9, 0.95  # β₂ as MAE's and VideoMAE's
-    fit(args, model, parameter_groups(model), betas, train_set, objective, evaluate)
+    # betas as MAE's and VideoMAE's
+    fit(args, model, parameter_groups(model), (0.9, 0.95), train_set, objective, evaluate)
 
 
 def make_model(args):
-    """SIGMA as the flags say."""
+    """SIGMA as the flags say, and its tube_mask(batch). Raises ValueError."""
     names = "assignment", "teacher", "frames", "image_size", "recompute"
     flags = {name: getattr(args, name) for name in names}
-    return SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
+    model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
+    frames, patches = model.grid[0], model.grid[1] * model.grid[2]  # in tubes
+    if not 0 < int(args.mask_ratio * patches) < patches:
+        raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} tubes")
+    return model, partial(sigma.tube_mask, frames=frames, patches=patches, ratio=args.mask_ratio)
 
 
 def open_clips(args, videos, train=False, *more, **named):
-    """Clips as the flags say: drawn anew each epoch for training, else the middle ones."""
+    """Clips as the flags say: for training drawn anew each epoch, else the middle."""
     return data.Clips(videos, args.frames, args.stride, args.image_size, args.seed, train, *more, **named)
 
 
-# ============ a run's log and checkpoints, which survive ============
-GIVE_UP = {"fp32": 5, "bf16": 5, "fp16": 50}  # steps in a row; fp16 first halves its scale
-# What decides the loss curve: a run resumes only where these are as they were.
+# ============ log and checkpoints ============
+# What decides the loss curve, and so must stay where a run resumes.
 CURVE = ("size", "target", "teacher", "loss", "assignment", "prototypes", "eps", "epochs", "warmup_epochs",
          "global_batch", "accumulate", "repeats", "lr", "min_lr", "frames", "stride", "image_size",
-         "mask_ratio", "seed", "videos", "finetune", "flip")
+         "mask_ratio", "seed", "videos", "finetune")
 NEWS = {"loss": "loss {:.3f}", "agreement": "agreement {:.2f}", "perplexity": "perplexity {:.1f}",
         "spread": "spread {:.2f}", "clips_per_second": "{:.1f} clips/s",
-        "data_wait": "waiting for data {:.0%}"}  # for people, of an epoch
+        "data_wait": "waiting for data {:.0%}"}  # of an epoch
 
 
 def save_checkpoint(args, log, parts, per_epoch, step, name="checkpoint.pt"):
-    """Whether rank 0 has written it. The log first: a run that resumes has every line up to there."""
+    """Whether rank 0 has written it; the log first, which so has every line up to there."""
     content = {"step": step, "epoch": step // per_epoch, "args": args.curve,
                **{name: part.state_dict() for name, part in parts.items()}}
     return rank() == 0 and log.save() and replace_file(args.out / name, partial(torch.save, content))
 
 
 def resume(args, parts):
-    """Loads what lies in --out into `parts` (name -> model, optimizer, …). Returns step and log."""
+    """Loads what lies in --out into `parts` (model, optimizer, scaler). Returns step and log."""
     path, step, args.curve = args.out / "checkpoint.pt", 0, {name: getattr(args, name) for name in CURVE}
     with agreed():
         try:
@@ -267,59 +257,57 @@ def resume(args, parts):
                 if changed:
                     raise ValueError(f"{path} is another run's ({'; '.join(changed)}): use another --out")
                 for name, part in parts.items():
-                    # A scale of 1 comes from another precision: in fp16 it would make small gradients 0.
+                    # Scale 1 is another precision's: in fp16 small gradients would become 0.
                     if name != "scaler" or checkpoint[name].get("scale", 1) > 1:
                         part.load_state_dict(checkpoint[name])
                 say(f"resuming {args.out} at step {step}")
             log = Log(args, step)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise ValueError(f"{path} does not fit this run ({reason}): use another --out") from None
-    if over_ranks(step) != -over_ranks(-step):  # ranks would wait for each other for ever
-        raise Stop(f"different checkpoints in {args.out}: the machines must all see one folder")
+            raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
+    if over_ranks(step) != -over_ranks(-step):  # the highest and the lowest
+        raise Stop(f"different checkpoints in {args.out}: machines must see one folder")
     return step, log
 
 
 class Log:
-    """log.jsonl, on rank 0. Written as a whole each time: no line is torn, doubled or lost, and what a
-    full disk keeps out the next write has. Lines after `step`, where a run resumes, come again: dropped."""
+    """log.jsonl, on rank 0. Written as a whole each time: no line is torn or doubled,
+    and what a full disk kept out the next write has.
+    Where a run resumes, lines after `step` are dropped: they come again."""
     def __init__(self, args, step=math.inf):
         self.args, self.path, self.records = args, args.out / "log.jsonl", []
-        self.told, self.warned = time.monotonic(), False  # the last line for people; of a collapse
-        if rank() == 0 and self.path.exists() and step:
-            try:
-                records = map(json.loads, self.path.read_bytes().split(b"\n")[:-1])  # whole lines
-                self.records = [r for r in records if r.get("step", r.get("at_step")) <= step]
-            except (ValueError, TypeError, AttributeError):
-                raise ValueError(f"{self.path} is no log of this program: move it away") from None
-        elif rank() == 0 and self.path.exists():  # a log without its checkpoint is kept, under another name
-            os.replace(self.path, self.path.with_name(f"log-{int(time.time())}.jsonl"))
-        self.text = b"".join(json.dumps(record).encode() + b"\n" for record in self.records)
-        self.save = partial(replace_file, self.path, lambda file: file.write(self.text))
+        self.told, self.warned = time.monotonic(), False  # people, last; of a collapse
+        if rank() == 0 and self.path.exists():
+            with suppress(ValueError, TypeError, AttributeError):  # another program's
+                records = [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
+                self.records = [r for r in records if step and r.get("step", r.get("at_step")) <= step]
+            if not self.records:  # of no use, but kept
+                os.replace(self.path, self.path.with_name(f"log-{int(time.time())}.jsonl"))
+        self.text = "".join(json.dumps(record) + "\n" for record in self.records)
+        self.save = partial(replace_file, self.path, lambda file: file.write(self.text.encode()))
 
     def write(self, **record):
-        """Adds a line. NaN and infinity are no JSON, and become null."""
+        """A line, in which NaN and infinity, no JSON, become null."""
         if rank() == 0:
             self.records.append({name: None if isinstance(value, float) and not math.isfinite(value)
                                  else value for name, value in record.items()})
-            self.text += json.dumps(self.records[-1]).encode() + b"\n"
-            self.save(sync=False)
+            self.text += json.dumps(self.records[-1]) + "\n"
+            self.save()
 
     def report(self, kind, step, **found):
-        """An evaluation: into the log, and for people."""
+        """An evaluation's line, also for people."""
         self.write(eval=kind, step=step, **{name: round(value, 2) for name, value in found.items()})
         say(f"{kind} at step {step}: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
 
     def line(self, step, per_epoch, last, bad, **stats):
-        """A step's line; an epoch's news for people, and of a long one, without a terminal, also in between.
-        Names the files that cannot be read, once; `bad` becomes that of all ranks."""
+        """A step's line; for people an epoch's news (each minute's, where there is no terminal),
+        and what cannot be read. `bad` becomes that of all ranks."""
         everyone = [bad] * world()  # each rank reads its own part of the videos
         if world() > 1:
             dist.all_gather_object(everyone, bad)
         bad.update(ChainMap(*everyone))
         known = {record["unreadable"] for record in self.records if "unreadable" in record}
-        for path in bad.keys() - known:
-            say(f"unreadable, another draw takes its place: {path}: {bad[path]}")
+        for path in bad.keys() - known if rank() == 0 else ():
+            say_unreadable(path, bad[path])
             self.write(at_step=step, unreadable=path, reason=bad[path])
         args, epoch, unreadable = self.args, (step - 1) // per_epoch, len(known | bad.keys())
         self.write(step=step, epoch=epoch, **stats, unreadable_videos=unreadable)
@@ -329,7 +317,7 @@ class Log:
         records = [record for record in self.records if record.get("epoch") == epoch]
         mean = {name: np.mean([r[name] for r in records if r[name] is not None] or [math.nan])
                 for name in NEWS if name in stats}
-        left = (last - step) * args.clips_a_step / max(0.01, mean["clips_per_second"])  # seconds
+        left = (last - step) * args.clips_a_step / max(0.01, mean["clips_per_second"])
         say("  ".join([f"epoch {step / per_epoch:.4g}/{args.epochs}",
                        *(NEWS[name].format(value) for name, value in mean.items()),
                        f"ETA {tqdm.format_interval(left)}",
@@ -337,41 +325,39 @@ class Log:
         warm = step > args.warmup_epochs * per_epoch  # before, features may well be alike
         if warm and mean.get("spread", 1) < 0.05 and not self.warned:
             self.warned = True
-            say("warning: the spread is under 0.05, φ's features are nearly alike: if it stays so the run "
-                "has collapsed, whatever its loss. Lower --lr, raise --batch-size or try fewer --prototypes")
+            say("warning: a spread under 0.05: φ's features are nearly alike. If that stays, the run has "
+                "collapsed, whatever its loss: lower --lr, raise --batch-size, try fewer --prototypes")
         self.told = time.monotonic()
         plot(self.records, args.out / "curve.png")
 
 
-def replace_file(path, write, sync=True):
-    """Writes a file by write(open file), atomically: also after a kill it is the old or the new one, whole.
-    -> True; where it cannot be written, on a full disk, a warning and False."""
+def replace_file(path, write):
+    """Writes a file by write(open file), atomically: also after a kill it is the old or the new one.
+    Returns True; where it cannot be written, after a warning, False."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            if sync:  # else a power cut could leave the name with nothing behind it
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the name points there
         os.replace(part, path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        tqdm.write(f"warning: {path} could not be written ({str(error).splitlines()[0]}); the old one stays")
-        with suppress(OSError):
-            part.unlink()  # what it holds is no use
+        say(f"warning: {path} could not be written ({error!r:.150}); the old one stays")
+        part.unlink(missing_ok=True)  # room for others
         return False
 
 
 # ============ processes and devices ============
 class Stop(Exception):
-    """Ends the program in one line: a user's mistake (code 2), or a run that cannot go on (1). Without a
-    message it ends silently, for another process says why."""
+    """Ends the program in one line: a user's mistake (code 2), or a run that cannot go on (1).
+    Without a message, where another process says why."""
     def __init__(self, message=None, code=2):
         self.message, self.code = message, code
 
 
 def rank(kind="RANK"):
-    """This process's number among those that torchrun started; LOCAL_RANK: on this machine."""
+    """This process's number among torchrun's; LOCAL_RANK: on this machine."""
     return int(os.environ.get(kind, 0))
 
 
@@ -381,13 +367,14 @@ def world(kind="WORLD_SIZE"):
 
 
 def over_ranks(value, op="MAX"):
-    """A number of every rank's own -> one for all; on the hosts: no GPU is waited for. Also a barrier."""
+    """A number of every rank's own -> one for all.
+    On the hosts: no GPU is waited for. Also a barrier."""
     return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), op).item()
 
 
 @contextmanager
 def agreed():
-    """Around what reads a user's words and files: trouble in one process ends all; none waits for it."""
+    """Around what reads users' words and files: trouble in one process ends all."""
     trouble = None
     try:
         yield
@@ -398,27 +385,33 @@ def agreed():
 
 
 def say(message):
-    """Prints above the bar, once for all ranks, and at once where the output is a file."""
+    """Prints above the bar, once for all ranks, at once."""
     if rank() == 0:
         tqdm.write(message)
         sys.stdout.flush()
 
 
+@cache  # that is, once
+def say_unreadable(path, reason):
+    tqdm.write(f"unreadable, left out: {path}: {reason}")
+
+
 def start_processes(args):
-    """Joins the process group torchrun describes (NCCL on GPUs, gloo on CPUs), picks device, precision."""
+    """Joins torchrun's process group, picks device and precision:
+    all that is the same for every mode."""
     args.cuda, args.stop = torch.cuda.is_available(), 0  # stop: the signal that came, in training
     args.device, auto, here = torch.device("cpu"), "fp32", world("LOCAL_WORLD_SIZE")
     if args.cuda:
         if here > torch.cuda.device_count():
-            raise Stop(f"{here} processes but {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            raise Stop(f"{here} processes, {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         args.device = torch.device("cuda", rank("LOCAL_RANK"))
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
         auto = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # from Ampere on
     else:
-        # glibc gives every large tensor fresh pages, which the kernel fills with zeros, each step anew.
-        # To keep them (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD) is 1.2 (ViT-S) to 4 times (tiny) as fast.
-        with suppress(OSError, AttributeError, TypeError):  # where there is no such library
+        # glibc takes fresh pages for every large tensor, which the kernel fills with zeros. To keep them
+        # (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD) is 1.2 (ViT-S) to 4 times (tiny) as fast.
+        with suppress(OSError, AttributeError, TypeError):  # no glibc
             for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
                 ctypes.CDLL(None).mallopt(option, value)
     args.precision = auto if args.precision == "auto" else args.precision
@@ -426,28 +419,29 @@ def start_processes(args):
     args.autocast = partial(torch.autocast, args.device.type, dtype, enabled=dtype != torch.float32)
     if args.workers is None:
         args.workers = min(16, max(1, data.CORES // here)) if args.cuda else 1
-    if world() > 1:  # gloo for flags and names, which stay on the hosts: nobody waits for a GPU
+    if world() > 1:  # gloo for what stays on the hosts
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
     args.global_batch = args.batch_size * world()  # clips that Sinkhorn balances
     args.clips_a_step = args.global_batch * args.accumulate  # what the learning rate follows
-    args.about = (f"{world()} x {args.batch_size} clips a step, {args.precision} on {args.device.type}, "
-                  f"{args.workers} workers, results in {args.out}")
+    where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} CPU threads"
+    args.about = f"{world()} x {args.batch_size} clips of {args.frames} frames, {args.precision} on {where}"
 
 
 def take_folder(args):
-    """Makes --out and locks it against a second run: the kernel's lock, which ends with this process.
+    """Makes --out and locks it against a second run,
+    by the kernel's lock, which ends with this process.
     Writes the demo's videos there, or finds them beside the checkpoint."""
     with agreed():
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.lock = open(args.out / ".lock", "a")
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            args.lock = open(args.out / ".lock", "a")
             if fcntl and rank() == 0:
                 fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is writing to --out {args.out}: name another folder") from None
-        except OSError as error:
-            if not hasattr(args, "lock"):  # with it: a network's file system that has no locks
-                raise OSError(f"--out {args.out} cannot be used ({error.strerror}): name another") from None
+            raise ValueError(f"another run is writing to --out {args.out}: name another") from None
+        except OSError:  # a network's file system without locks: a second run goes unnoticed
+            pass
+    say(f"results in {args.out}, {args.workers} workers")
     if args.demo:
         videos = Path(args.checkpoint or args.out / "none").parent / "videos"
         videos = videos if videos.is_dir() else args.out / "videos"
@@ -458,8 +452,8 @@ def take_folder(args):
 
 
 def on_device(args, loader):
-    """Batches with their videos on the device, one ahead: a GPU copies the next on a stream of its own
-    while the step on this one runs."""
+    """Batches with their videos on the device, one ahead:
+    a GPU copies the next on a stream of its own."""
     side, ahead = torch.cuda.Stream(args.device) if args.cuda else None, None
     for batch in loader:
         with torch.cuda.stream(side) if side else nullcontext():
@@ -468,51 +462,49 @@ def on_device(args, loader):
             yield ahead
         if args.cuda:
             torch.cuda.current_stream().wait_stream(side)
-            batch["video"].record_stream(torch.cuda.current_stream())  # not to be reused before it was read
+            batch["video"].record_stream(torch.cuda.current_stream())  # its memory is in use there
         ahead = batch
     if ahead is not None:
         yield ahead
 
 
-# ============ data, and each video once over all ranks ============
+# ============ each video once, over all ranks ============
 def open_data(args, labels=False):
-    """--data and --val -> the videos of both; None for a missing --val, unless both must have labels."""
+    """The videos of --data and --val; for none given None, unless both need labels."""
     with agreed():
         train = data.find_videos(args.data)
         val = data.find_videos(args.val, train.classes) if args.val else None  # one number for a class
         if labels and val is None:
             raise ValueError("--val is missing: the labelled videos to test on")
-        for flag, videos in (("--data", train if labels else None), ("--val", val)):
-            if videos is not None and videos.labels.min() < 0:
+        for flag, videos in (("--data", labels and train), ("--val", val)):
+            if videos and videos.labels.min() < 0:
                 raise ValueError(f"{flag} has no labels: it needs class folders, or a list with labels")
     args.videos = len(train)  # of a training epoch
     return train, val
 
 
 @torch.no_grad()
-def each_once(args, model, dataset, compute, batch_size, chosen=None, quiet=False):
-    """Runs compute(normalised video [B, …], batch) -> tensors [videos, …] over a data set, over all ranks.
+def each_once(args, model, dataset, compute, batch_size, chosen=None):
+    """Runs compute(normalised video [B, …], batch) -> tensors [videos, …]
+    over a data set, shared by all ranks.
 
     Returns these tensors for all videos (or the `chosen` numbers) that can be read, in their order
-    whatever the number of processes, and last their numbers. Raises Stop where none can be read.
-    """
-    chosen, training, parts = chosen or range(len(dataset)), model.training, []  # parts: [batch][tensor]
-    padded = len(chosen) + -len(chosen) % world()  # equally many for all: some videos come twice
-    mine = [(0, chosen[i % len(chosen)]) for i in range(rank(), padded, world())]  # (epoch, index)
-    batches = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
+    whatever the number of processes, and last their numbers. Raises Stop where there are none."""
+    chosen, parts = chosen or range(len(dataset)), []  # parts: [batch][tensor]
+    mine = DistributedSampler(chosen, world(), rank(), shuffle=False)  # where it must, gives some twice
+    batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
     loader = on_device(args, data.load(dataset, batches, min(args.workers, len(batches)), args.cuda))
     model.eval()
     for batch in tqdm(loader, "evaluating", len(batches), leave=False, disable=rank() > 0 or None):
         with args.autocast():
             found = compute(data.normalize(batch["video"]), batch)
-        index = batch["index"][::len(batch["index"]) // len(found[0])]  # one for all views of a video
+        index = batch["index"][::len(batch["index"]) // len(found[0])]  # once for all its views
         parts.append([part.to(args.device) for part in (*found, index)])
-        for path, reason in () if quiet else batch["bad"]:
-            tqdm.write(f"unreadable, left out: {path}: {reason}")
-        if args.stop:  # a signal while training waits for this: all is saved
+        for path, reason in batch["bad"]:
+            say_unreadable(path, reason)
+        if args.stop:  # while training, which has saved, waits for this
             raise SystemExit(128 + args.stop)
-    model.train(training)
-
+    model.train()
     gathered = []
     for own in map(torch.cat, zip(*parts)):
         everyone = [torch.empty_like(own) for _ in range(world())]
@@ -521,18 +513,16 @@ def each_once(args, model, dataset, compute, batch_size, chosen=None, quiet=Fals
     read = gathered[-1] >= 0  # a number where a file could be read
     if not read.any():
         raise Stop(f"none of the {len(read)} videos to evaluate can be read", code=1)
-    if not read.all() and not quiet:
-        say(f"warning: {int((~read).sum())} of {len(read)} videos are unreadable and left out")
     return [part[read] for part in gathered]
 
 
 def evenly(total, count):
     """At most `count` numbers below `total`, evenly spread."""
-    return torch.linspace(0, total - 1, min(count, total)).long().unique().tolist()
+    return list(range(0, total, -(-total // count)))
 
 
 def features(args, model, videos, limit=None):
-    """Mean-pooled encoder tokens [n, D] and labels [n] of the centre clips of all readable videos."""
+    """Mean-pooled encoder tokens [n, D] and labels [n] of the readable videos' centre clips."""
     def pooled(video, batch):
         return [model.features(video).float().mean(dim=1)]  # [B, D]
     chosen = evenly(len(videos), limit or len(videos))
@@ -542,7 +532,7 @@ def features(args, model, videos, limit=None):
 
 def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     """Top-1 in percent of DINO's k-nearest-neighbour vote, weighted exp(cosine similarity / 0.07).
-    Queries that are the bank itself are classified by the others. Every rank takes its share."""
+    Queries that are the bank itself are judged each by the others. Every rank takes its share."""
     alone, right, classes = queries is bank, 0, int(max(bank_labels.max(), labels.max())) + 1
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)  # [n, D], [q, D]
     own = torch.arange(rank(), len(queries), world(), device=bank.device)
@@ -559,16 +549,17 @@ def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 # ============ pictures ============
 def tint(video, labels):
-    """uint8 [n, 3, T, S, S], as grey under the colours of the labels [n, t, h, w] of its tubes or pixels."""
-    # Golden-ratio hues at full saturation and value: neighbours in number differ in colour.
+    """uint8 [n, 3, T, S, S], as grey under the colours of the labels
+    [n, t, h, w] of its tubes or pixels."""
+    # Golden-ratio hues: numbers next to each other differ.
     hue = 6 * (labels[:, None] * 0.6180339887 % 1) + torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1, 1)
     rgb = F.interpolate(((hue % 6 - 3).abs() - 1).clamp(0, 1), size=video.shape[2:], mode="nearest-exact")
     return (0.35 * video.float().mean(dim=1, keepdim=True) + 0.65 * 255 * rgb).byte()
 
 
 def save_pages(path, *pages, tile=96, margin=120):
-    """Pages of rows, each a caption and as many uint8 pictures [n, 3, h, w] -> a PNG; of many, a GIF."""
-    from torchvision.utils import make_grid  # here, for it takes a second
+    """Pages of rows, each a caption and uint8 pictures [n, 3, h, w] -> a PNG; of many pages a GIF."""
+    from torchvision.utils import make_grid  # a second
     sheets = []
     for rows in pages:
         tiles = [F.interpolate(pictures, (tile, tile), mode="nearest-exact") for _, pictures in rows]
@@ -582,19 +573,18 @@ def save_pages(path, *pages, tile=96, margin=120):
 
 
 def preview(args, model, clips):
-    """preview.png and .gif: of three clips the frames, what the encoder sees, and where there are
-    prototypes, every tube in the colour of its own."""
+    """preview.png and .gif: clips, what the encoder sees of them,
+    every tube in the colour of its prototype."""
     def look(video, batch):
         return batch["video"], batch["mask"], model.assign(video) if args.loss == "sigma" else batch["mask"]
-    found = each_once(args, model, clips, look, 1, evenly(len(clips), 3), quiet=True)
+    found = each_once(args, model, clips, look, 1, evenly(len(clips), 3))
     if rank():
         return
     videos, masks, tubes, _ = (part.cpu() for part in found)  # [n, 3, T, S, S], [n, N], [n, N]
-    hidden = F.interpolate(masks.view(-1, 1, *model.grid).float(), size=videos.shape[2:]) > 0  # by pixels
+    hidden = F.interpolate(masks.view(-1, 1, *model.grid).float(), videos.shape[2:]) > 0  # by pixels
     rows = [("video", videos), ("what the\nencoder sees", videos.masked_fill(hidden, 217))]
-    if args.loss == "sigma":  # the commonest prototypes get the first hues
-        order = torch.bincount(tubes.flatten(), minlength=args.prototypes).argsort(descending=True).argsort()
-        rows.append(("cluster of\nevery tube", tint(videos, order[tubes].view(-1, *model.grid))))
+    if args.loss == "sigma":
+        rows.append(("cluster of\nevery tube", tint(videos, tubes.view(-1, *model.grid))))
     still = [(caption, video[n, :, evenly(args.frames, 8)].transpose(0, 1))
              for n in range(len(videos)) for caption, video in rows]
     save_pages(args.out / "preview.png", still)
@@ -603,27 +593,25 @@ def preview(args, model, clips):
 
 
 def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
-    """prototypes.png: for the prototypes that win most tubes of up to 64 clips, the tubes of different
-    clips that score highest, in full light, with their surroundings: `context` patches a side."""
+    """prototypes.png: for the prototypes nearest to most tubes of up to 64 clips,
+    such a tube of each of the clips that have most, in full light,
+    with its surroundings: `context` patches a side."""
     if args.loss != "sigma":
         return
-    everything = torch.arange(model.num_tubes, device=args.device)[None]  # [1, N]
 
-    def score(video, batch):
-        x_phi = model.forward_target(video, patchify(video, model.patch), everything)[0].float()
-        scores = (F.normalize(x_phi, dim=1) @ F.normalize(model.prototypes, dim=1).T).float()  # [N, K]
-        used = torch.bincount(scores.argmax(dim=1), minlength=args.prototypes)  # [K]
-        # Of each clip only its best tube for a prototype: else one still clip could fill a row.
-        return batch["video"][:, :, ::TUBELET], *scores[None].max(dim=1), used[None]
-    found = each_once(args, model, clips, score, 1, evenly(len(clips), 64), quiet=True)
+    def look(video, batch):
+        return batch["video"][:, :, ::TUBELET], model.assign(video)
+    found = each_once(args, model, clips, look, 1, evenly(len(clips), 64))
     if rank():
         return
-    videos, best, tubes, used, _ = (part.cpu() for part in found)  # all but videos: [n, K]
-    used, p, side, sheet = used.sum(dim=0), model.patch, min(context, model.grid[1]), []
+    videos, nearest, _ = (part.cpu() for part in found)  # [n, 3, t, S, S], [n, N]
+    used = torch.bincount(nearest.flatten())
+    p, side, sheet = model.patch, min(context, model.grid[1]), []
     for k in used.argsort(descending=True)[:min(rows, int((used > 0).sum()))].tolist():
-        cut = []
-        for n in best[:, k].argsort(descending=True)[:columns].tolist():
-            t, y, x = (int(i) for i in torch.unravel_index(tubes[n, k], model.grid))
+        cut, held = [], (nearest == k).sum(dim=1)  # its tubes in every clip [n]
+        for n in held.argsort(descending=True)[torch.arange(columns) % held.count_nonzero()]:
+            tubes = (nearest[n] == k).nonzero()
+            t, y, x = map(int, np.unravel_index(tubes[len(tubes) // 2].item(), model.grid))
             top, left = (min(max(i - side // 2, 0), model.grid[1] - side) for i in (y, x))  # in patches
             light = torch.full((side, side), 0.5)
             light[y - top, x - left] = 1
@@ -633,60 +621,49 @@ def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
     save_pages(args.out / "prototypes.png", sheet)
 
 
-def plot(records, path, width=250, height=150):
-    """curve.png: a panel for each of these numbers of log.jsonl over the steps."""
-    panels = []
+def plot(records, path):
+    """curve.png: a panel for each of these numbers over the steps."""
+    panels, width, height = [], 250, 150  # pixels of a curve
     for name in ("loss", "agreement", "perplexity", "spread", "top1"):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if len(points) > 1:
             steps, values = (np.array(column, float) for column in zip(*points))
             x, y = ((axis - axis.min()) / (np.ptp(axis) or 1) for axis in (steps, values))  # 0 to 1
-            panels.append(Image.new("RGB", (width + 20, height + 60), "white"))
+            panels.append(Image.new("RGB", (width + 20, height + 65), "white"))
             draw = ImageDraw.Draw(panels[-1])
-            draw.rectangle((10, 30, 10 + width, 30 + height), outline="#bbbbbb")
-            line = np.stack([10 + x * width, 30 + (1 - y) * height], axis=1)
+            draw.rectangle((10, 45, 10 + width, 45 + height), outline="#bbbbbb")
+            line = np.stack([10 + x * width, 45 + (1 - y) * height], axis=1)
             draw.line(line.flatten().tolist(), "#1f5fa8", 2)
-            draw.text((10, 8), f"{name}: {values.min():.3g} to {values.max():.3g}", "black", font_size=14)
-            draw.text((10, 34 + height), f"step {steps[0]:.0f} to {steps[-1]:.0f}", "#666666", font_size=13)
+            draw.text((10, 6), f"{name}: {values.min():.3g} to {values.max():.3g}\n"
+                      f"step {steps[0]:.0f} to {steps[-1]:.0f}", "black", font_size=14)
     if panels:
         sheet = Image.fromarray(np.concatenate([np.asarray(panel) for panel in panels], axis=1))
         replace_file(path, lambda file: sheet.save(file, "png"))
 
 
-# ============ weights: ours, the authors', VideoMAE's, Hugging Face's VideoMAE, DINO's ============
-# Parts of Hugging Face's names -> ours, replaced in this order. There query, key and value are apart.
-HUGGING_FACE = {
-    "videomae.embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.", "classifier.": "head.",
-    "videomae.encoder.layer.": "encoder.blocks.", "decoder.decoder_layers.": "decoder.blocks.",
-    "videomae.layernorm.": "encoder.norm.", "layernorm_before.": "norm1.", "layernorm_after.": "norm2.",
-    "attention.attention.query.": "attn.qkv.", "attention.attention.": "attn.",
-    "attention.output.dense.": "attn.proj.", "intermediate.dense.": "mlp.fc1.", "output.dense.": "mlp.fc2."}
+# ============ weights ============
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}/{0}.pth"
 DINO_FILE = {"vits16": "dino_deitsmall16_pretrain", "vitb16": "dino_vitbase16_pretrain"}
 
 
 def read_weights(path):
     """A checkpoint -> its tensors under our names, what they say of the model, its `args` of the clips.
-
-    This project's, the authors', VideoMAE's from pretraining (the same names) and from fine-tuning (no
-    "encoder."), and Hugging Face's of either kind. Raises ValueError."""
+    Ours, the authors', VideoMAE's: pretrained (the same names) or fine-tuned (no "encoder.").
+    Raises ValueError."""
     content = load_checkpoint(path)
     inside = [content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)]
-    # Written under DDP, torch.compile or as part of a larger model, names have a prefix.
+    # DDP, torch.compile, larger models prefix names.
     state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", str(name)): value
              for name, value in (*inside, content)[0].items() if isinstance(value, torch.Tensor)}
-    for name in [name for name in state if "attention.attention.query" in name]:
-        state[name] = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-    for theirs, ours in HUGGING_FACE.items() if "videomae." in " ".join(state) else ():
-        state = {name.replace(theirs, ours): value for name, value in state.items()}
-    if not any(name.startswith("encoder.") for name in state):  # fine-tuned: the encoder is the whole model
+    if not any(name.startswith("encoder.") for name in state):  # fine-tuned
         state = {re.sub(r"^(?!head\.|fc_norm\.)", "encoder.", name): value for name, value in state.items()}
 
     embedding = state.get("encoder.patch_embed.proj.weight", torch.zeros(0)).shape  # [D, 3, 2, patch, patch]
     size = [name for name, (patch, (width, *_), *_) in SIZES.items()
             if embedding == (width, 3, TUBELET, patch, patch)]
-    if not size:  # an image model, say
-        raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)}")
+    if not size:
+        raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)} under its authors' names"
+                         + ", but Hugging Face's: take the authors' file" * ("videomae." in " ".join(state)))
     out, clustered = len(state.get("decoder.head.weight", ())), "prototypes" in state  # out: E
     pixels = not clustered and out in (0, math.prod(embedding[1:]))  # 0: fine-tuned, without decoder
     model = {"size": size[0], "loss": "sigma" if clustered else "l2", "step": content.get("step", 0),
@@ -701,22 +678,21 @@ def read_weights(path):
 
 def load_weights(module, state, path, free=()):
     """Loads what `module` has; returns the names left as they were, which all start with one of
-    `free`. Raises ValueError for others missing, of another shape, or of blocks the module lacks."""
+    `free`. ValueError: others are missing or of another shape, or the module lacks a block."""
     wanted, found = ({name: tuple(value.shape) for name, value in tensors.items()}
                      for tensors in (module.state_dict(), state))
-    left = [name for name in wanted if wanted[name] != found.get(name)]  # what cannot be loaded
+    left = [name for name in wanted if wanted[name] != found.get(name)]
     wrong = [f"{name} is {found.get(name, 'missing')} instead of {wanted[name]}" for name in left
              if not name.startswith(tuple(free))]
-    wrong += [f"{name} is unknown" for name in found if name not in wanted and "encoder.blocks." in name
-              and ".norm" in name]
+    wrong += [f"{name} is unknown" for name in found.keys() - wanted if name.startswith("encoder.blocks.")]
     if wrong:
-        raise ValueError(f"{path} fits only in part: {'; '.join(wrong[:4])}; {len(wrong)} tensors in all")
+        raise ValueError(f"{path} fits only in part: {'; '.join(wrong[:4])}; {len(wrong)} in all")
     module.load_state_dict({name: state[name] for name in wanted if name not in left}, strict=False)
     return left
 
 
 def load_teacher(args, model):
-    """DINO's weights: the first process of a machine downloads them, the others find them in the cache."""
+    """DINO's weights: a machine's first process downloads them, then the others find them."""
     url, path = DINO_URL.format(DINO_FILE[args.teacher]), args.dino_weights
     for later in (False, True) if args.target == "dino" else ():
         with agreed():
@@ -726,26 +702,24 @@ def load_teacher(args, model):
                         url, map_location="cpu", weights_only=True)
                     model.teacher.load_state_dict(weights)
             except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{path or url}: no weights of {args.teacher} ({reason}); fetch {url} "
+                raise ValueError(f"{path or url}: no weights of {args.teacher} ({error!r:.150}): fetch {url} "
                                  "and name it with --dino-weights") from None
 
 
 def open_model(args):
-    """The pretrained SIGMA of a checkpoint, on the device, to be used as it is, and the log."""
+    """The SIGMA of a checkpoint, on the device and frozen, and the log."""
     with agreed():
-        model, log = make_model(args), Log(args)
-        # A fine-tuned VideoMAE has no decoder, and its norm comes after the mean: features need neither.
+        (model, _), log = make_model(args), Log(args)
+        # A fine-tuned VideoMAE lacks these, and features do without.
         free = ("decoder.", "encoder_to_decoder.", "mask_token", "encoder.norm.")
         load_weights(model, args.weights, args.checkpoint, free if "fc_norm.weight" in args.weights else ())
-    say(f"{args.checkpoint}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
-        f"pixels, stride {args.stride}; results in {args.out}")
+    say(f"{args.checkpoint}: {args.size}, target {args.target}; stride {args.stride}; {args.about}")
     return model.to(args.device).requires_grad_(False), log
 
 
-# ============ k-NN and linear probe of frozen features ============
+# ============ linear probe ============
 def probe(args):
-    """k-NN and a linear layer from the features of --data to those of --val: what is in them already."""
+    """k-NN and a linear layer from features of --data to those of --val."""
     train, val = open_data(args, labels=True)
     model, log = open_model(args)
     sets = *features(args, model, train), *features(args, model, val)  # features, labels; twice
@@ -756,50 +730,45 @@ def probe(args):
 def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3):
     """Top-1 in percent of a linear layer on frozen features: AdamW, lr 1e-3, 30 epochs, as the paper.
 
-    Where that is silent: features are standardised over the training set; the layer starts at zero, lr
-    falls as a cosine, no weight decays; batches are of 64, up to 1024 where there are many videos.
-    """
+    Where that is silent: features are standardised, the layer starts at zero,
+    lr falls as a cosine, no weight decays,
+    batches are of 64, with many videos of up to 1024."""
     batch_size, classes = min(max(64, len(bank) // 200), 1024), int(max(bank_labels.max(), labels.max())) + 1
     std, mean = torch.std_mean(bank, dim=0, correction=0)  # [D]
     bank, queries = ((rows - mean) / (std + 1e-6) for rows in (bank, queries))
-    layer = nn.Linear(bank.shape[1], classes, device=bank.device)
-    layer.load_state_dict({name: torch.zeros_like(value) for name, value in layer.state_dict().items()})
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    weight = torch.zeros(classes, bank.shape[1], device=bank.device, requires_grad=True)
+    bias = torch.zeros(classes, device=bank.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(bank) // batch_size))
     for epoch in range(epochs):
         order = torch.randperm(len(bank), generator=data.seeded(seed, epoch)).to(bank.device)
         for rows in order.split(batch_size):  # the same minibatches for any number of ranks
             optimizer.zero_grad()
-            F.cross_entropy(layer(bank[rows]), bank_labels[rows]).backward()
+            F.cross_entropy(F.linear(bank[rows], weight, bias), bank_labels[rows]).backward()
             optimizer.step()
             schedule.step()
-    return 100 * (layer(queries).argmax(dim=1) == labels).float().mean().item()
+    return 100 * (F.linear(queries, weight, bias).argmax(dim=1) == labels).float().mean().item()
 
 
 # ============ fine-tuning ============
-class Classifier(nn.Module):
-    """VideoMAE's model for fine-tuning, and its names: the encoder without its final norm, the mean of
-    all tokens, LayerNorm, a linear head from near zero. video [B, 3, T, H, W] -> logits [B, classes]."""
-    def __init__(self, size, classes, frames, image_size, drop_path=0.1, recompute=False):
-        super().__init__()
-        self.patch, (width, depth, heads), *_ = SIZES[size]
-        self.num_tubes = frames // TUBELET * (image_size // self.patch) ** 2
-        self.encoder = Encoder(self.num_tubes, self.patch, width, depth, heads, drop_path, recompute)
-        self.encoder.norm = nn.Identity()  # its place is taken by fc_norm, after the mean
-        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, classes)
+class Classifier(SIGMA):
+    """VideoMAE's model for fine-tuning, and its names: encoder, mean of all tokens, LayerNorm,
+    linear head from near zero. settings: SIGMA's.
+    video [B, 3, T, H, W] -> logits [B, classes]."""
+    def __init__(self, classes, *settings, **named):
+        super().__init__(*settings, target="pixel", loss="l2", drop_path=0.1, **named)
+        del self.decoder, self.encoder_to_decoder, self.mask_token
+        self.fc_norm, self.encoder.norm = self.encoder.norm, nn.Identity()  # after the mean, not before
+        self.head = nn.Linear(*self.fc_norm.normalized_shape, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, video):
-        everything = torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
-        tokens = self.encoder(patchify(video, self.patch), everything)  # [B, N, D]
-        return self.head(self.fc_norm(tokens.mean(dim=1)))
+        return self.head(self.fc_norm(self.features(video).mean(dim=1)))  # features: [B, N, D]
 
 
 def layer_groups(model, decay=0.75):
-    """parameter_groups by layer: the head learns at the full rate, each layer at `decay` of the one
-    above, as what lies near the pixels is general already."""
+    """parameter_groups by layer: the head learns at full rate, each layer at `decay` of the one above."""
     layers = [model.encoder.patch_embed, *model.encoder.blocks, nn.ModuleList([model.fc_norm, model.head])]
     return [{**group, "lr_scale": decay ** (len(layers) - i)} for i, layer in enumerate(layers, 1)
             for group in parameter_groups(layer)]
@@ -808,10 +777,10 @@ def layer_groups(model, decay=0.75):
 def augmentation(flip):
     """RandAugment m7-n4, flip, random erasing: one draw for all frames, uint8 [T, 3, H, W] -> the same.
 
-    As timm's "rand-m7-n4": each of the four is applied half of the time, magnitude 7 is of 10. Without
-    its noise on the magnitude; erased is to ImageNet's mean, not to noise, for the clip is uint8.
-    """
-    from torchvision.transforms import v2  # here, for it takes two seconds that only this needs
+    As timm's "rand-m7-n4": each of four is applied half of the time, magnitude 7 is of 10;
+    but without its noise on the magnitude,
+    and erasing to ImageNet's mean."""
+    from torchvision.transforms import v2  # two seconds
     mean = [round(255 * m) for m in data.IMAGENET_MEAN]
     one = v2.RandAugment(1, 7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
     erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean)
@@ -824,40 +793,41 @@ def finetune(args):
     from torchvision import tv_tensors
     from torchvision.transforms import v2
     train, val = open_data(args, labels=True)
-    # Classes without a training video count too: --val may have them.
+    # --val may have classes without a training video.
     classes, new = max(int(train.labels.max()) + 1, len(train.classes or ())), ["all"]
     with agreed():
         if val.labels.max() >= classes:
-            raise ValueError(f"--val has label {int(val.labels.max())}, those of --data end at {classes - 1}")
+            raise ValueError(f"--val has label {int(val.labels.max())}, --data none above {classes - 1}")
         torch.manual_seed(args.seed)
-        model = Classifier(args.size, classes, args.frames, args.image_size, recompute=args.recompute)
+        model = Classifier(classes, args.size, frames=args.frames, image_size=args.image_size,
+                           recompute=args.recompute)
         if args.weights:
             new = load_weights(model, args.weights, args.checkpoint, free=("fc_norm.", "head."))
     model.to(args.device)
     train_set = open_clips(args, train, True, args.repeats, draw_crop=data.draw_resized,
-                           transform=augmentation(args.flip))
+                           transform=augmentation(flip=args.stride > 0 and not args.demo))
     test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: all of the picture
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=classes)
                            for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
-    say(f"fine-tuning {args.size} from {args.finetune} (new: {', '.join(new) or 'nothing'}): {classes} "
-        f"classes, {args.videos} videos, {'flipped' if args.flip else 'not flipped'}; {args.about}")
+    say(f"fine-tuning {args.size} from {args.finetune} (new: {', '.join(new)}): {classes} classes, "
+        f"{args.videos} videos; {args.about}")
 
     def objective(model, video, batch, step):
-        # Mixing and drop path draw the same in a resumed run.
+        # Mixing and drop path repeat in a resumed run.
         torch.manual_seed(data.seeded(args.seed, step, rank(), int(batch["index"][0])).initial_seed())
         video, target = mix(tv_tensors.Video(video), batch["label"].to(args.device, non_blocking=True))
         logits = model(video.as_subclass(torch.Tensor)).float()  # [B, classes]
         return F.cross_entropy(logits, target, label_smoothing=0.1), {}
 
     def evaluate(log, step):
-        if step:  # before the first it would be chance
+        if step:
             top1, top5, videos = multi_view(args, model, test_set)
             log.report("finetune", step, top1=top1, top5=top5, videos=videos)
     fit(args, model, layer_groups(model), (0.9, 0.999), train_set, objective, evaluate)
 
 
 def multi_view(args, model, clips):
-    """Top-1 and top-5 in percent, number of videos: each by the softmax averaged over its views."""
+    """Top-1 and top-5 in percent, number of videos: by the softmax averaged over a video's views."""
     views = math.prod(clips.views)  # clips times crops
 
     def best(video, batch):
@@ -868,23 +838,24 @@ def multi_view(args, model, clips):
     return 100 * hits[:, 0].mean().item(), 100 * hits.amax(dim=1).mean().item(), len(hits)
 
 
-# ============ unsupervised video object segmentation ============
+# ============ video object segmentation ============
 def segment(args):
-    """K-means of every clip's tube features; where there are masks, mIoU by the paper's two protocols.
+    """K-means of every clip's tube features;
+    where there are masks, mIoU by the paper's two protocols.
 
-    The paper leaves open what exactly is compared. Here a clip is the middle `frames` frames of a video,
-    its whole picture squeezed to the model's square, so that no object is cut off; the background is one
-    of the objects, in their number K as in the mean; mIoU is the mean over objects, then over clips.
-    """
+    The paper leaves the details open. Here a clip is the middle of a video,
+    squeezed to the model's square, so that no object is cut off;
+    the background is one of the objects, in their number K as in the mean;
+    mIoU is the mean over objects, then over clips."""
     with agreed():
         masked = (Path(args.data) / "JPEGImages").is_dir()
         clips = Scenes(args) if masked else open_clips(args, data.find_videos(args.data))
     model, log = open_model(args)
-    torch.set_float32_matmul_precision("highest")  # K-means lives on small differences
+    torch.set_float32_matmul_precision("highest")  # for K-means
 
     def cluster(video, batch):
         tokens, truth = model.features(video)[0].float(), batch.get("truth", torch.zeros(1))  # [N, D]
-        objects, scores = len(truth[truth != 255].unique()), [math.nan, math.nan]
+        objects, scores = len(truth[truth < 255].unique()), [math.nan, math.nan]
         with torch.autocast(args.device.type, enabled=False):  # in float32
             few, many = (kmeans(tokens, k, args.seed).cpu().view(model.grid)
                          for k in (objects if objects > 1 else 4, 10))
@@ -895,34 +866,33 @@ def segment(args):
         return torch.tensor([scores]), few[None], many[None]  # [1, 2], twice [1, t, h, w]
     scores, few, many, index = (part.cpu() for part in each_once(args, model, clips, cluster, 1))
     rows, times = [], evenly(args.frames, 8)
-    for n in evenly(len(index), 3) if rank() == 0 else ():
+    for n in evenly(len(index), 3):
         item = clips[0, int(index[n])]
-        rows.append(("video", item["video"][0, :, times].transpose(0, 1)))
         first, second = (f"clusters\nmIoU {score:.0f}%" if score > 0 else "clusters" for score in scores[n])
-        truth = item["truth"].unique(return_inverse=True)[1] if masked else None  # by place, as the clusters
-        for name, labels in (("ground truth", truth), (first, few[n]), (f"10 {second}", many[n])):
-            if labels is not None:
-                rows.append((name, tint(item["video"], labels[None])[0, :, times].transpose(0, 1)))
-    if rows:  # on rank 0
-        save_pages(args.out / "segments.png", rows)
+        labels = {"ground truth": item.get("truth"), first: few[n], f"10 {second}": many[n]}
+        rows += [("video", item["video"]), *((name, tint(item["video"], of_tubes[None]))
+                                             for name, of_tubes in labels.items() if of_tubes is not None)]
+    if rank() == 0:
+        shown = [(name, video[0, :, times].transpose(0, 1)) for name, video in rows]
+        save_pages(args.out / "segments.png", shown)
     scores = scores[scores.isfinite().all(dim=1)]  # of clips with masks
     if len(scores):
         few, many = scores.mean(dim=0).tolist()
         log.report("segment", args.step, miou=few, miou_overclustering=many, clips=len(scores))
     else:
-        say(f"{args.data} has no masks to compare with: only pictures, in {args.out}/segments.png")
-    if args.loss == "sigma":  # last, for it needs φ: where DINO cannot be had, all else is done
+        say(f"{args.data} has no masks to compare with: see segments.png")
+    if args.loss == "sigma":  # last, as it needs φ: DINO may not be to be had
         load_teacher(args, model)
         prototype_sheet(args, model, clips)
 
 
 class Scenes(torch.utils.data.Dataset):
-    """The middle clips of DAVIS's folders, whole pictures squeezed to a square: items as those of
-    Clips, one view each, and `truth`: the masks, int64 [T, H, W] at their own size.
+    """Clips of DAVIS's folders, squeezed to a square: items as those of data.Clips, one view each,
+    and `truth`, the masks at their own size: int64 [T, H, W],
+    objects 0, 1, …, and 255, which does not count.
 
-    Every folder of pictures below JPEGImages is a video, masks of the same names lie below Annotations,
-    frames without one are skipped. Of a full DAVIS the validation videos, as the paper.
-    """
+    A folder below JPEGImages is a video, its masks lie below Annotations,
+    frames without one are skipped. Of a full DAVIS the validation videos, as the paper."""
     def __init__(self, args):
         self.frames, self.stride, self.size = args.frames, args.stride, args.image_size
         self.bad, self.board, videos = {}, None, {}
@@ -948,39 +918,38 @@ class Scenes(torch.utils.data.Dataset):
             video, truth = (torch.from_numpy(np.stack([np.asarray(picture) for picture in clip]))
                             for clip in (pictures, map(Image.open, masks)))
             if truth.ndim != 3:
-                raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey pictures")
-        video = video.permute(3, 0, 1, 2)[None]  # [1, 3, T, S, S]
-        return {"video": video, "truth": truth.long(), "index": key[1], "label": -1, "bad": []}
+                raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey")
+        objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
+        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth < 255, 255),
+                "index": key[1], "label": -1, "bad": []}
 
 
 def kmeans(x, k, seed=0, restarts=5, iterations=50):
-    """x [N, D] -> cluster numbers [N]: the best of R k-means++ starts, side by side; the same for a seed."""
-    x, k, generator = x - x.mean(dim=0), min(k, len(x)), data.seeded(seed)  # centred: less rounding
-
-    def distance(centres):  # squared, [R, k, D] -> [N, R, k]
-        product = (x @ centres.flatten(0, 1).T).unflatten(1, centres.shape[:2])  # [N, R, k]
-        return (x.square().sum(dim=1)[:, None, None] - 2 * product + centres.square().sum(dim=2)).clamp(min=0)
+    """x [N, D] -> cluster numbers [N]: the best of R k-means++ starts, the same for a seed."""
+    k, generator = min(k, len(x)), data.seeded(seed)
+    x = (x - x.mean(dim=0)).expand(restarts, -1, -1)  # [R, N, D]; centred: less rounding
     # The next centre is drawn by squared distance to the nearest so far.
-    centres = x[torch.randint(len(x), (restarts, 1), generator=generator)]
+    centres = x[0, torch.randint(x.shape[1], (restarts, 1), generator=generator)]  # [R, 1, D]
     while centres.shape[1] < k:
-        weight = distance(centres).amin(dim=2).T.cpu() + 1e-12  # [R, N]
-        centres = torch.cat([centres, x[torch.multinomial(weight, 1, generator=generator)]], dim=1)
+        weight = torch.cdist(x, centres).amin(dim=2).square().cpu() + 1e-12  # [R, N]
+        centres = torch.cat([centres, x[0, torch.multinomial(weight, 1, generator=generator)]], dim=1)
     for _ in range(iterations):
-        cost, cluster = distance(centres).min(dim=2)  # [N, R]
+        cost, cluster = torch.cdist(x, centres).min(dim=2)  # [R, N]
         # Means by a product, which repeats exactly; index_add on a GPU does not.
-        member = F.one_hot(cluster, k).to(x.dtype).flatten(1)  # [N, R * k]
-        size = member.sum(dim=0).view(restarts, k, 1)  # 0: the centre stays
-        centres = torch.where(size > 0, (member.T @ x).view(restarts, k, -1) / size, centres)
-    return cluster[:, cost.sum(dim=0).argmin()]  # the start of least cost
+        member = F.one_hot(cluster, k).to(x.dtype)  # [R, N, k]
+        size = member.sum(dim=1)[:, :, None]  # 0: the centre stays
+        centres = torch.where(size > 0, member.mT @ x / size, centres)
+    return cluster[cost.square().sum(dim=1).argmin()]  # the start of least cost
 
 
 def overlap(truth, clusters, k):
-    """truth [T, H, W], clusters of tubes [t, h, w] -> pixels an object and a cluster share, [objects, k]."""
-    # Clusters are brought to the masks' size, not masks to the tubes': no pixel of truth is lost.
+    """truth [T, H, W], clusters of tubes [t, h, w] ->
+    pixels that an object and a cluster share, [objects, k]."""
+    # Clusters at the masks' size, not masks at the tubes': no pixel of truth is lost.
     pixels = F.interpolate(clusters[None, None].float(), truth.shape, mode="nearest-exact")[0, 0].long()
-    counted = truth != 255  # DAVIS's mark for what counts for nothing
-    _, place = truth[counted].unique(return_inverse=True)  # by place, 0, 1, …: numbers may have gaps
-    return torch.bincount(place * k + pixels[counted], minlength=int(place.max() + 1) * k).view(-1, k)
+    counted = truth < 255
+    objects = truth[counted]
+    return torch.bincount(objects * k + pixels[counted], minlength=int(objects.max() + 1) * k).view(-1, k)
 
 
 def iou(table):
@@ -990,41 +959,38 @@ def iou(table):
 
 
 def match_one_to_one(table):
-    """Clustering protocol: every object gets a cluster of its own so that the sum of IoUs is largest.
-    Returns the mean IoU and each object's cluster. All ways are tried: DAVIS has at most six objects."""
+    """Clustering protocol: every object gets a cluster of its own, for the largest mean IoU.
+    Returns it and each object's cluster.
+    All ways are tried: DAVIS has at most six objects."""
     if len(table) > 8:
-        raise Stop(f"a clip has {len(table)} objects: they are matched by trying all ways, for at most 8")
+        raise Stop(f"a clip has {len(table)} objects: all ways to match them are tried, for at most 8")
     ways = torch.tensor(list(itertools.permutations(range(table.shape[1]), len(table))))  # [ways, objects]
     mean, way = iou(table)[torch.arange(len(table)), ways].mean(dim=1).max(dim=0)
     return mean.item(), ways[way].tolist()
 
 
 def match_many_to_one(table):
-    """Over-clustering protocol: a cluster goes to the object it overlaps most; mean IoU of these objects."""
+    """Over-clustering protocol: each cluster goes to the object it overlaps most.
+    Returns the objects' mean IoU."""
     merged = table @ F.one_hot(table.argmax(dim=0), len(table))  # [objects, objects]
     return iou(merged).diagonal().mean().item()
 
 
 # ============ what a step costs ============
-# Peak of dense bf16 or fp16 products in TFLOP/s, from the makers' data sheets, for MFU; others have none.
-PEAK = {"B200": 2250, "H200 NVL|H100 NVL": 835, "GH200|H200": 989, "H100 PCIe": 756, "H100": 989,
-        "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "A10G": 70, "A10": 125, "V100": 125, "T4": 65}
-
-
 def bench(args):
-    """Times --steps (5) training steps on random clips that lie on the device: up to the end of each of
-    their parts. What one takes longer than the one before is the part's; the last are whole steps."""
+    """Times --steps (5) training steps on random clips on the device, up to the end of each part:
+    what one takes longer than the one before is the part's;
+    the last are whole steps."""
     torch.manual_seed(args.seed)
     with agreed():
-        model = make_model(args).to(args.device)
+        model, hide = make_model(args)
+    model.to(args.device)
     shape = args.batch_size, 3, args.frames, args.image_size, args.image_size
-    clips = torch.randint(256, shape, dtype=torch.uint8, device=args.device)  # [B, 3, T, S, S]
-    mask = sigma.tube_mask(args.batch_size, model.grid[0], model.grid[1] * model.grid[2], args.mask_ratio)
+    clips = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
+    mask = hide(args.batch_size)
     visible, masked = sigma.split_mask(mask, args.device)  # [B, V], [B, M]
-    where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} CPU threads"
-    say(f"{args.size}, {args.target}, {world()} x {args.batch_size} clips of {args.frames} frames; "
-        f"{args.precision} on {where}{', compiled' * args.compile}{', recomputed' * args.recompute}")
-    # Operations of a clip; recomputing is no work, and only plain attention is counted everywhere.
+    say(f"{args.size}, {args.target}, {args.about}")
+    # A clip's operations: recomputing is no work, and only plain attention is counted everywhere.
     model.encoder.recompute = model.decoder.recompute = False
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(data.normalize(clips[:1]), mask[:1])[0].backward()
@@ -1057,11 +1023,9 @@ def bench(args):
         parts.append(f"{1000 * (seconds - before) / args.batch_size:9.3f} ms a clip  {part}")
 
     memory = f"; {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if args.cuda else ""
-    speed = flops * args.batch_size / seconds / 1e12  # TFLOP/s
-    peak = next((peak for card, peak in PEAK.items() if re.search(rf"\b({card})\b", where)), 0)
-    mfu = f", MFU {speed / peak:.1%}" if peak and args.precision != "fp32" else ""
+    speed = flops * args.batch_size / seconds / 1e12
     say(f"{args.global_batch / seconds:.2f} clips/s, {1000 * seconds:.1f} ms a step; {flops / 1e9:.1f} GFLOP "
-        f"a clip, {speed:.3f} TFLOP/s a process{mfu}{memory}\n" + "\n".join(parts))
+        f"a clip, {speed:.3f} TFLOP/s a process{memory}\n" + "\n".join(parts))
 
 
 # ============ flags and main ============
@@ -1072,76 +1036,73 @@ def at_least(least, kind=int):
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} must be at least {least}, and finite")
         return value
-    parse.__name__ = kind.__name__  # argparse's own message, for what is no number, names it
+    parse.__name__ = kind.__name__  # for argparse's own message
     return parse
 
 
-count, whole, switch = at_least(1), at_least(0), argparse.BooleanOptionalAction
+count, whole, switch = at_least(1), at_least(0), "store_true"
 positive, not_negative = at_least(1e-9, float), at_least(0, float)
-# Flag: type or choices; the paper's default, for videos on disk; the demo's, if it is another; what it is.
+# Flag: type or choices; default, the paper's; the demo's, if another; what it is.
 FLAGS = {
-    "data": (str, "demo", "demo; a folder of videos (class folders: labels); a list: path[ label] a line"),
-    "val": (str, "labelled videos, as --data: k-NN while pretraining, tests of --probe and --finetune"),
-    "out": (str, "folder for log, checkpoint, pictures; a run in it is resumed; runs/… if not given"),
-    "probe": (str, "instead, k-NN and a linear probe of a checkpoint's features, from --data to --val"),
-    "finetune": (str, "instead, train a checkpoint, or `none`, on the labels of --data, test on --val"),
-    "segment": (str, "instead, cluster each clip's tubes by a checkpoint; mIoU on DAVIS's folders"),
-    "bench": (switch, "instead, time steps of these flags, and their parts; writes nothing"),
+    "data": (str, "demo", "demo; a folder of videos (class folders: labels); a list, path[ label] a line"),
+    "val": (str, "labelled videos: k-NN in pretraining, tests of --probe and --finetune"),
+    "out": (str, "folder for log, checkpoint, pictures; a run in it is resumed; else runs/…"),
+    "probe": (str, "instead, k-NN and linear probe of a checkpoint, from --data to --val"),
+    "finetune": (str, "instead, train a checkpoint, or none, on labels of --data, test on --val"),
+    "segment": (str, "instead, cluster tubes by a checkpoint; mIoU on DAVIS's folders"),
+    "bench": (switch, "instead, time such steps and their parts; writes nothing"),
     "size": (list(SIZES), "base", "tiny", "of the model"),
-    "target": (["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, or pixels (VideoMAE)"),
+    "target": (["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, pixels (VideoMAE)"),
     "teacher": (list(TEACHERS), "vitb16", "DINO network of --target dino"),
-    "dino-weights": (str, "file with DINO's weights, else downloaded at first use"),
-    "loss": (["sigma", "l2"], "l2: VideoMAE with pixel, the collapse with mlp; sigma, with pixel l2"),
-    "assignment": (["hard", "soft"], "hard", "targets: argmax of q (release) or q itself (text)"),
+    "dino-weights": (str, "its file, else downloaded at first use"),
+    "loss": (["sigma", "l2"], "l2: VideoMAE with pixel, collapse with mlp; sigma, with pixel l2"),
+    "assignment": (["hard", "soft"], "hard", "targets: argmax of q (release), q itself (text)"),
     "prototypes": (count, 3000, 64, "K"),
-    "eps": (positive, 0.05, "Sinkhorn's ε; the release uses 0.03 for SSv2 with ViT-B"),
+    "eps": (positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B"),
     "mask-ratio": (positive, 0.9, 0.75, "share of tubes hidden"),
     "frames": (count, 16, 8, "in a clip"),
-    "stride": (whole, 4, 2, "frames from one to the next; 0: spread over the video. SSv2: 2, fine-tuned 0"),
+    "stride": (whole, 4, 2, "frames from one to the next; 0: spread over all. SSv2: 2, fine-tuned 0"),
     "image-size": (count, 224, 48, "pixels a side"),
     "repeats": (count, 1, "crops from one decoding, where decoding limits"),
     "epochs": (count, 800, 25, "length of the schedule"),
-    "warmup-epochs": (not_negative, 40, 3, "of them with rising learning rate; else an eighth at most"),
-    "steps": (count, "stop after so many optimiser steps of the schedule; of --bench: 5"),
+    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
+    "steps": (count, "stop after so many optimiser steps; of --bench: 5"),
     "batch-size": (count, 32, "clips a step, per process"),
     "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
     "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
     "min-lr": (not_negative, 1e-5, 4e-4, "where the cosine ends, per 256 clips"),
-    "eval-every": (whole, 50, 5, "epochs between evaluations (k-NN with --val, pictures); 0: none between"),
-    "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16, else fp16 on GPUs; fp32 on CPUs"),
+    "eval-every": (whole, 50, 5, "epochs between k-NN (with --val) and pictures; 0: none"),
+    "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on GPUs, fp32 on CPUs"),
     "compile": (switch, False, "torch.compile the blocks and the loss"),
-    "recompute": (switch, False, "activation checkpointing: less memory for a second forward pass"),
-    "workers": (whole, "decoding processes a rank; else on GPUs cores / ranks, at most 16; on a CPU 1"),
+    "recompute": (switch, False, "activation checkpointing: less memory for a third more time"),
+    "workers": (whole, "decoding processes a rank; else cores / ranks up to 16, on a CPU 1"),
     "seed": (whole, 0, "of weights, order, clips, crops and masks"),
     "save-minutes": (positive, 10, "checkpoint at least this often"),
-    "keep-every": (count, 100, "keep a numbered checkpoint every so many epochs"),
-    "flip": (switch, "fine-tuning: mirror half of the clips; not with --stride 0, not the demo's")}
+    "keep-every": (count, 100, "epochs between checkpoints that stay")}
 
 
 def parse_args(argv=None):
-    """Flags, and after them what follows from the mode, the demo and the checkpoint. Raises Stop."""
+    """Flags, and what follows from mode, demo and checkpoint. Raises Stop."""
     def refuse(message):
         raise Stop(message)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets; where two are given, the second is the demo's.")
+        epilog="[default], or [default, the demo's].")
     parser.error = refuse  # one line, without the usage
+    modes, one_of = ("probe", "finetune", "segment", "bench"), parser.add_mutually_exclusive_group()
     for name, (kind, *both, text) in FLAGS.items():
-        key = "choices" if isinstance(kind, list) else "action" if kind is switch else "type"
+        key = "choices" if isinstance(kind, list) else "action" if kind == switch else "type"
         bare = {"nargs": "?", "const": "demo"} if name == "data" else {}
         text += f" [{', '.join(map(str, both))}]" if both else ""
-        parser.add_argument(f"--{name}", help=text, **{key: kind}, **bare)  # None: not said
-    args = parser.parse_args(argv)
-    modes = "probe", "finetune", "segment", "bench"
-    said = [mode for mode in modes if getattr(args, mode) not in (None, False)]
-    if len(said) > 1:
-        refuse(f"--{' and --'.join(said)} are not allowed with one another")
-    args.mode, args.demo = (said or ["pretrain"])[0], args.data in (None, "demo") and not args.bench
+        (one_of if name in modes else parser).add_argument(f"--{name}", help=text, **{key: kind}, **bare)
+    args = parser.parse_args(argv)  # None: not said
+    args.mode = next((mode for mode in modes if getattr(args, mode) not in (None, False)), "pretrain")
+    args.demo = args.data in (None, "demo") and not args.bench
 
     # ---- what was not said: by the data set, over it the checkpoint, over it the mode ----
     defaults = {name.replace("-", "_"): both[-1 if args.demo else 0] if both else None
                 for name, (_, *both, _) in FLAGS.items()}
-    args.checkpoint = None if said in ([], ["bench"]) or args.finetune == "none" else getattr(args, args.mode)
+    args.checkpoint = None if args.bench or args.finetune == "none" else getattr(args, args.mode, None)
     args.weights, args.step = None, 0  # of the checkpoint
     if args.checkpoint is not None:
         with agreed():
@@ -1153,9 +1114,8 @@ def parse_args(argv=None):
             clip["stride"] = 1 if args.segment else defaults["stride"]
         defaults.update(clip)
     if args.mode == "finetune":  # for Kinetics; Something-Something is sampled with --stride 0
-        defaults.update(epochs=40 if args.stride == 0 else 100, warmup_epochs=5, batch_size=16, lr=1e-3,
-                        min_lr=1e-6, eval_every=0, flip=args.stride != 0 and not args.demo)
-        defaults.update({"epochs": 15, "lr": 1e-2} if args.demo else {})
+        defaults.update(epochs=15 if args.demo else 40 if args.stride == 0 else 100, warmup_epochs=5,
+                        batch_size=16, lr=1e-2 if args.demo else 1e-3, min_lr=1e-6, eval_every=0)
     defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)
     defaults["loss"] = "l2" if args.target == "pixel" else "sigma"
     name = Path(os.path.abspath(args.data or "demo")).stem or "run"  # also of --data .
@@ -1163,17 +1123,10 @@ def parse_args(argv=None):
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.out = Path(args.out)
 
-    # ---- what does not go together; SIGMA itself says the rest ----
-    patch, *_ = SIZES[args.size]
-    patches = (args.image_size // patch) ** 2
-    for wrong, message in (
-            (args.bench and args.accumulate > 1, "--bench times micro-batches: leave --accumulate out"),
-            (args.batch_size % args.repeats, "--repeats must divide --batch-size"),
-            (args.frames % TUBELET, f"--frames must be a multiple of {TUBELET}"),
-            (args.image_size % patch, f"--image-size must be a multiple of {patch}"),
-            (not 0 < int(args.mask_ratio * patches) < patches, f"--mask-ratio hides 0 or all of {patches}")):
-        if wrong:
-            refuse(message)
+    if args.bench and args.accumulate > 1:
+        refuse("--bench times micro-batches: leave --accumulate out")
+    if args.batch_size % args.repeats:
+        refuse("--repeats must divide --batch-size")
     return args
 
 
@@ -1181,11 +1134,9 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # files' names can hold what no terminal can show
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
-        # Training replaces this by a flag, to end its step first.
+        # In training a flag, to end the step first.
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
         args = parse_args(argv)
-        if args.workers != 0 and not args.bench:
-            data.preload_workers()  # they take seconds, which pass beside what comes next
         start_processes(args)
         if not args.bench:
             take_folder(args)
@@ -1195,26 +1146,26 @@ def main(argv=None):
     except Stop as stop:
         leave(stop.message, stop.code)
     except (data.VideoError, data.WorkerError) as error:
-        if args.stop:  # torchrun's signal ends the loader's workers, too
+        if args.stop:  # the signal ends workers, too
             raise SystemExit(128 + args.stop) from None
         leave(str(error), 1)
     except torch.OutOfMemoryError as error:
-        leave(f"too little GPU memory: lower --batch-size or --recompute ({str(error).splitlines()[0]})", 1)
-    except KeyboardInterrupt:  # outside of training, where nothing is to be saved
+        leave(f"too little GPU memory: lower --batch-size or --recompute ({error!r:.150})", 1)
+    except KeyboardInterrupt:  # outside of training
         raise SystemExit(130) from None
 
 
 def leave(message, code):
-    """Ends this process with one line. torchrun ends all processes at the first exit: what goes wrong in
-    all of them is said by the first alone, what goes wrong in one is said before the others leave."""
+    """Ends this process with one line. torchrun ends all at the first exit:
+    what goes wrong in all of them is said by the first alone,
+    what goes wrong in one before the others leave."""
     time.sleep(0 if message and rank() == 0 else 3 if message else 6)
     if message:
         line = f"train.py: error{f' of rank {rank()}' if rank() else ''}: {message}"
         print(line, file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own report ends with it
-            with suppress(OSError), open(report, "w") as file:
-                extra = {"timestamp": str(int(time.time()))}
-                json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": told}))
     raise SystemExit(code)
 
 
