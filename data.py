@@ -1,35 +1,32 @@
 """Videos for SIGMA: exact frames out of real files, sampled as in the paper, and tools for a data set.
 
     python data.py prepare SRC DST   re-encodes a data set so that a random clip is quick to reach
-    python data.py bench PATH        what a clip costs, and the cores that feed so many a second
+    python data.py bench PATH        what a clip costs, and the cores for so many a second
     python data.py demo DIR          writes the demo's videos
 
 From a file to a batch: video, clip, data set, loader. Frame n is the n-th of a full decode. Every clip, crop
-and mask is a function of (seed, epoch, index), whatever the number of workers. A broken file never becomes a
-wrong picture in silence: it is reported, and replaced by another draw."""
+and mask is a function of (seed, epoch, index). A broken file is reported, and replaced by another draw."""
 import argparse
-import bisect
 import collections
 import colorsys
 import contextlib
 import gc
-import glob
 import hashlib
 import inspect
+import io
 import itertools
 import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import av
 import av.filter
@@ -42,24 +39,24 @@ from tqdm import tqdm
 av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame; VideoError says it once
 
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
-# What libav may take a file for; not playlists (concat, hls, dash), which open other files
+# What a file may be: no playlist (concat, hls, dash), which opens other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
 MAX_PIXELS = 8192 * 8192   # of one frame: a damaged header can ask for any amount of memory
-MAX_KEPT_BYTES = 64 << 20  # files up to this size are read once, larger ones a second time
-READ_SECONDS = 120         # after which a worker's decoder is taken to hang
-IDLE_SECONDS = 60          # without a batch while no worker reads, after which something is wrong
-WATCH_SECONDS = 1          # how often the loader looks after its workers while it waits
-ATTEMPTS = 20              # draws of a video, or starts of the workers, that may fail in a row
+MAX_KEPT_BYTES = 64 << 20  # larger files are read twice, not kept in memory
+READ_SECONDS = 120         # after which a decoder is taken to hang
+IDLE_SECONDS = 60          # without a batch while no worker reads: an error
+WATCH_SECONDS = 1          # how often the loader looks after its workers
+ATTEMPTS = 20              # draws of a video, starts of workers, that may fail in a row
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VideoError(Exception):
-    """A video that cannot be read: what is wrong, in one line without the path, which the caller knows."""
+    """What is wrong with a video, in one line without its path."""
 
 
 class WorkerError(RuntimeError):
-    """Loader workers that end or stand still for another reason than a video. One line."""
+    """Workers that end or stand still by no video's fault."""
 
 
 @contextlib.contextmanager
@@ -73,33 +70,27 @@ def file_errors():
 
 
 # ============ video: any frame of a file, exactly ============
-def before(time, other):
-    """Whether one time lies before another; either may be unknown (None)."""
-    return None not in (time, other) and time < other
-
-
 class Video(contextlib.AbstractContextManager):
     """An open video: `frames` is how many it shows, `read` decodes any of them. Raises VideoError.
 
-    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of
-    showing (`timed`), frame n is that of packet shown[n], and only what leads to it from a keyframe
-    is decoded. Elsewhere the decoder's order is the truth: frames are counted."""
+    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of showing
+    (`timed`), frame n is that of packet shown[n], decoded from a keyframe on; else frames are counted."""
+    @file_errors()
     def __init__(self, path):
-        with file_errors():
-            self.path, size = path, os.path.getsize(path)
-            if size == 0 or not os.path.isfile(path):  # a pipe would block
-                raise VideoError("is empty, or no regular file")
-            self.keep = size <= MAX_KEPT_BYTES  # the packets, in memory
-            self._open()
-            self._index()
+        self.path, size = path, os.path.getsize(path)
+        if size == 0 or not os.path.isfile(path):  # a pipe would block
+            raise VideoError("is empty, or no regular file")
+        self.keep, self.cut = size <= MAX_KEPT_BYTES, None  # the packets; why the video's end is missing
+        self._open()
+        self._index()
 
     def __exit__(self, *_):
         self.container.close()
 
     def _open(self):
-        # A name with a colon is no address ("file:"), and no file leads to another.
-        path, limits = f"file:{self.path}", {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        self.container = av.open(path, metadata_errors="ignore", container_options=limits)
+        limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another
+        # "file:": a name with a colon is no address
+        self.container = av.open(f"file:{self.path}", metadata_errors="ignore", container_options=limits)
         self.stream = self.container.streams.best("video")  # the first may be a cover picture
         self.codec = self.stream and self.stream.codec_context
         if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
@@ -109,72 +100,63 @@ class Video(contextlib.AbstractContextManager):
         self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
 
     def _index(self):
-        """Demuxes the whole file: every packet of the video, its time, kind, and whether it is shown."""
-        rows, last, self.cut, mine, vp8 = [], None, None, self.stream.index, self.codec.name == "vp8"
+        """Demuxes the whole file: the video's packets, their times, which are keyframes or hidden."""
+        rows, last, mine, vp8 = [], None, self.stream.index, self.codec.name == "vp8"
         try:
             for packet in self.container.demux():
                 last = packet if packet.size else last  # no size: the end, or AVI's "as before"
                 if packet.size and packet.stream.index == mine:
                     # cut off by an edit list, or one of VP8's hidden references (RFC 6386, section 9.1)
                     hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
-                    rows.append((packet if self.keep else None, packet.pts, packet.is_keyframe, hidden))
-        except (av.FFmpegError, OSError) as error:  # what came before is good; its end is not the video's
+                    pts = math.nan if packet.pts is None else packet.pts  # NaN: before nothing
+                    rows.append((packet if self.keep else None, pts, packet.is_keyframe, hidden))
+        except (av.FFmpegError, OSError) as error:  # what came before is good
             self.cut = error.strerror or str(error)
-        # A file that was cut off ends in half a packet, of any stream. (Headers' numbers of frames tell
-        # nothing: they count AVI's empty packets, and what an edit list hides.)
+        # A file that was cut off ends in half a packet, of any stream. Headers count frames wrongly.
         if last is not None and last.is_corrupt:
-            self.cut = self.cut or "the file ends in the middle of a frame"
+            self.cut = self.cut or "it ends in the middle of a frame"
             rows = rows[:-1] if last.stream.index == mine else rows
         self.packets, self.pts, keys, self.hidden = map(list, zip(*rows) if rows else ((),) * 4)
         self.keys = [i for i, key in enumerate(keys) if key] or [0]
 
-        # What lies before the first keyframe, in either order, may lack what it refers to: not certain.
+        # What lies before the first keyframe, in either order, may lack what it refers to.
         certain = True
         for i, pts in enumerate(self.pts):
-            if not self.hidden[i] and (i < self.keys[0] or before(pts, self.pts[self.keys[0]])):
+            if not self.hidden[i] and (i < self.keys[0] or pts < self.pts[self.keys[0]]):
                 self.hidden[i], certain = True, False
         self.shown = [i for i, hidden in enumerate(self.hidden) if not hidden]
         self.frames, times = len(self.shown), [self.pts[i] for i in self.shown]
         if not times:
             raise VideoError(self.cut or "it has no frames")
-        complete, container = None not in times and len(set(times)) == len(times), self.container.format.name
         # With B-frames, times in AVI or copied from there are invented; those of MPEG-4 anywhere.
-        self.timed = complete and certain and not (self.codec.has_b_frames and (
-            container == "avi" or self.codec.name == "mpeg4" or times == sorted(times)))
+        complete = not any(map(math.isnan, times)) and len(set(times)) == len(times)
+        self.timed = certain and complete and not (self.codec.has_b_frames and (
+            {self.container.format.name, self.codec.name} & {"avi", "mpeg4"} or times == sorted(times)))
         if self.timed:
             self.shown.sort(key=self.pts.__getitem__)
-        # Matroska drops half packets, but has a duration: its longest stream's, not to be taken exactly.
-        duration = (self.container.duration or 0) / av.time_base  # seconds
-        late = complete and max(times) * self.stream.time_base < 0.9 * duration - 1
-        if late and container.startswith("matroska"):
-            self.cut = self.cut or f"it is cut off before its {duration:.1f} seconds end"
 
     def decode(self, first=0, end=None, wanted=None):
-        """Yields the frames of the packets from first to before end, as they leave the decoder.
-
-        wanted: a set of times; other packets are decoded only as far as others depend on them. Damage
-        to frames that are shown raises, not before the run begins. H.264's decoder complains where
-        nothing is lost, too, at cuts and open groups: a doubt, until the packet's frame comes out."""
+        """Yields the frames of packets first to before end, in the decoder's order. wanted: times; packets
+        without are decoded only as far as others depend on them. Damage to what is shown raises."""
         self.codec.flush_buffers()  # it may hold frames of an earlier reading
-        packets, self.doubts = self.packets, {}
+        packets, start, self.doubts = self.packets, self.pts[first], {}
         if not self.keep:  # a large file is demuxed again
-            self.container.close()
             self._open()
             packets = (packet for packet in self.container.demux(self.stream) if packet.size)
-        # None, at the end: what the decoder still holds back
-        run = itertools.chain(itertools.islice(packets, first, end), [None])
+        run = itertools.chain(itertools.islice(packets, first, end), [None])  # None: what it holds back
         for i, packet in enumerate(run, first):
             needed, frames = packet is None or wanted is None or packet.pts in wanted, []
             self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
             try:
                 frames = self.codec.decode(packet)
             except av.FFmpegError as error:
-                if packet is None or not (self.hidden[i] or before(packet.pts, self.pts[first])):
+                if packet is None or not (self.hidden[i] or self.pts[i] < start):
+                    # H.264's complains at cuts and open groups, too: a doubt, until the frame comes out
                     if packet is None or self.codec.name != "h264":
                         raise
                     self.doubts[packet.pts] = error
             for frame in frames:
-                if frame.is_corrupt and not before(frame.pts, self.pts[first]):
+                if frame.is_corrupt and (frame.pts is None or not frame.pts < start):
                     raise VideoError("a frame is damaged")
                 self.doubts.pop(frame.pts, None)
                 yield frame
@@ -185,12 +167,11 @@ class Video(contextlib.AbstractContextManager):
         """Yields (n, frame) for ascending numbers, each reached from the last keyframe before it."""
         runs = []  # [first, end] of packets; what lies between runs is skipped
         for n in numbers:
-            position = self.shown[n]
-            k = bisect.bisect_right(self.keys, position) - 1
-            while k > 0 and self.pts[self.keys[k]] > self.pts[position]:
-                k -= 1  # shown before the keyframe that it follows: an open group of pictures
-            if not runs or self.keys[k] > runs[-1][1]:
-                runs.append([self.keys[k], 0])
+            position = self.shown[n]  # in an open group it is shown before the keyframe that it follows
+            first = max((key for key in self.keys if key <= position and self.pts[key] <= self.pts[position]),
+                        default=self.keys[0])
+            if not runs or first > runs[-1][1]:
+                runs.append([first, 0])
             runs[-1][1] = max(runs[-1][1], position + 1)
         wanted = {self.pts[self.shown[n]]: n for n in numbers}  # a frame carries the time of its packet
         for first, end in runs:
@@ -220,44 +201,54 @@ class Video(contextlib.AbstractContextManager):
 
     def read(self, views, size=224):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
-
-        views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop:
-        (x, y, width, height) in displayed pixels (rotated as the file says), a function of their
-        width and height that returns it, or None: the centred square."""
+        views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop: (x, y,
+        width, height) of the displayed picture, or a function of its width and height, or None: centred."""
         if self.cut and max(max(numbers) for numbers, _ in views) >= self.frames:
             raise VideoError(self.cut)
-        views = [([min(n, self.frames - 1) for n in numbers], crop) for numbers, crop in views]
-        clips = [np.empty((3, len(numbers), size, size), np.uint8) for numbers, _ in views]
-        graphs = [FilterGraph(partial(crop_filters, crop=crop, size=size)) for _, crop in views]
-        wanted = sorted({n for numbers, _ in views for n in numbers})
+        views = [(np.minimum(numbers, self.frames - 1), np.empty((3, len(numbers), size, size), np.uint8),
+                  FilterGraph(partial(crop_filters, crop=crop, size=size))) for numbers, crop in views]
+        wanted = sorted({int(n) for numbers, *_ in views for n in numbers})
         # From the beginning if need be: a keyframe may not be as good a place to start as it says.
-        for decode in (self._decode_near, self._decode_counting) if self.timed else (self._decode_counting,):
-            missing, failure = set(wanted), "it does not come out of the decoder"
+        for decode in (self._decode_near, self._decode_counting)[0 if self.timed else 1:]:
+            missing = set(wanted)
             try:
                 with file_errors():
                     for n, frame in decode(wanted):
                         missing.discard(n)
-                        for graph, clip, (numbers, _) in zip(graphs, clips, views):
-                            places = [t for t, number in enumerate(numbers) if number == n]
-                            if places:
-                                clip[:, places] = graph.rgb(frame)[:, None]
+                        for numbers, clip, graph in views:
+                            if n in numbers:
+                                clip[:, numbers == n] = graph.rgb(frame)[:, None]
                 if not missing:
-                    return clips
+                    return [clip for _, clip, _ in views]
+                failure = "it does not come out of the decoder"
             except VideoError as error:
                 failure = error
         raise VideoError(f"frames {wanted[0]} to {wanted[-1]} of {self.frames} cannot be decoded: {failure}")
 
 
 class FilterGraph:
-    """Turns frames as displayed, and filters them: one libavfilter graph for every geometry met.
-    filters: a function of the displayed width and height that returns [(filter, arguments), ...]."""
+    """Turns frames as displayed, and filters them: one libavfilter graph for every geometry.
+    filters: displayed width and height -> [(filter, arguments), ...]."""
     def __init__(self, filters):
         self.filters, self.graphs = filters, {}
 
     def __call__(self, frame):
-        key = frame.width, frame.height, frame.format.name
+        key = width, height, pixels = frame.width, frame.height, frame.format.name
         if key not in self.graphs:
-            self.graphs[key] = self._build(frame, *key)
+            turn, graph = [], av.filter.Graph()
+            if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
+                graph.threads = 1
+            source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 25))
+            if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+                a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()  # x' = ax + cy, ...
+                if abs(b) + abs(c) > abs(a) + abs(d):  # "cclock_flip" swaps the axes, and nothing else
+                    width, height, turn, a, d = height, width, [("transpose", "cclock_flip")], c, b
+                turn += [("hflip",)] * (a < 0) + [("vflip",)] * (d < 0)
+            if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
+                turn = [("format", "yuv444p16le"), *turn]
+            chain = [graph.add(*step) for step in [*turn, *self.filters(width, height), ("buffersink",)]]
+            graph.link_nodes(source, *chain).configure()
+            self.graphs[key] = graph
         self.graphs[key].push(frame)
         return self.graphs[key].pull()
 
@@ -267,43 +258,25 @@ class FilterGraph:
         g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
         return np.stack([r, g, b])[:, :, :frame.width]  # lines are padded
 
-    def _build(self, frame, width, height, pixels):
-        turn, graph = [], av.filter.Graph()
-        if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
-            graph.threads = 1
-        source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 25))
-        if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
-            # x' = a x + c y, y' = b x + d y
-            a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-            if abs(b) + abs(c) > abs(a) + abs(d):  # "cclock_flip" swaps the axes, and nothing else
-                width, height, turn, a, d = height, width, [("transpose", "cclock_flip")], c, b
-            turn += [("hflip",)] * (a < 0) + [("vflip",)] * (d < 0)
-        if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
-            turn = [("format", "yuv444p16le"), *turn]
-        chain = [graph.add(*step) for step in [*turn, *self.filters(width, height), ("buffersink",)]]
-        graph.link_nodes(source, *chain).configure()
-        return graph
-
 
 def crop_filters(width, height, crop, size):
-    """The filters that make size x size planar RGB of a crop (as Video.read takes it) of such a picture."""
+    """Filters for a crop (as Video.read has it) of such a picture, scaled to size x size planar RGB."""
     crop = crop or square_crop
     x, y, w, h = crop(width, height) if callable(crop) else crop
-    if not (w >= 1 and h >= 1 and 0 <= x <= width - w and 0 <= y <= height - h):
+    if min(x, y, w - 1, h - 1, width - x - w, height - y - h) < 0:
         raise ValueError(f"the crop {x, y, w, h} is not inside its picture, {width}x{height}")
-    # Planar RGB: half the time of interleaved, full chroma resolution, the model's layout
-    scale = f"{size}:{size}:flags=bilinear"
+    scale = f"{size}:{size}:flags=bilinear"  # planar RGB takes half the time of interleaved
     return [("crop", f"{w}:{h}:{x}:{y}:exact=1"), ("scale", scale), ("format", "gbrp")]
 
 
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
     """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
 
-    The last frame is repeated where the video is too short. start: None draws one (from `generator`).
-    crop: (x, y, width, height) in pixels of the displayed picture, scaled bilinearly; None: the centred
-    square. Raises VideoError if the file cannot be read, ValueError for senseless arguments."""
+    The last one is repeated where it is too short. start: None draws one (from `generator`). crop: (x, y,
+    width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
+    if the file cannot be read, ValueError for senseless arguments."""
     if min(frames, stride, size) < 1 or (start or 0) < 0:
-        raise ValueError(f"frames {frames}, stride {stride} or size {size} below 1, or start {start} below 0")
+        raise ValueError("frames, stride and size must be at least 1, start at least 0")
     with Video(path) as video:
         if start is None:
             place = torch.rand((), generator=generator).item()
@@ -315,11 +288,10 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 # ============ clip: which frames, which part of the picture ============
 def frame_numbers(total, frames, stride, place=0.5):
     """Numbers of `frames` frames out of `total`, a list; beyond its end where the video is too short.
-
-    stride >= 1: every stride-th (Kinetics); place, 0 to 1, is where the clip lies. stride 0: one from
-    each of `frames` equal parts (Something-Something); place is where in its part, or a tensor."""
+    stride >= 1: every stride-th (Kinetics); place, 0 to 1, is where the clip lies. stride 0: one from each
+    of `frames` equal parts (Something-Something); place, a number or [frames], is where in its part."""
     if stride == 0:
-        numbers = (torch.arange(frames) + torch.as_tensor(place)) * total / frames
+        numbers = (torch.arange(frames) + place) * total / frames  # [frames]
         return numbers.long().clamp(max=total - 1).tolist()
     slack = max(0, total - 1 - (frames - 1) * stride)
     start = min(int(place * (slack + 1)), slack)
@@ -332,8 +304,8 @@ def square_crop(width, height, place=0.5):
     return int(place * (width - side)), int(place * (height - side)), side, side
 
 
-# Pretraining's crops, as the release: sides of these shares of the short side, width and height at most
-# one step apart (10 shapes), at one of 9 + 4 places, in quarters of what is free.
+# Pretraining's crops, as the release: shares of the short side, width and height at most one step apart,
+# at one of 9 + 4 places, in quarters of what is free.
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
 CROP_SHAPES = [(CROP_SCALES[i], CROP_SCALES[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
@@ -351,9 +323,8 @@ def draw_multi_scale(generator):
 
 
 def draw_resized(generator):
-    """Fine-tuning's crop (Inception's, as VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3, anywhere.
-    The first of ten draws that fits the picture, or else the centred square."""
-    draws = torch.rand(10, 4, generator=generator).tolist()
+    """Fine-tuning's crop (Inception's, as VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3, anywhere."""
+    draws = torch.rand(10, 4, generator=generator).tolist()  # the first that fits counts
 
     def crop(width, height):
         for area, aspect, x, y in draws:
@@ -373,8 +344,8 @@ def seeded(*key):
 
 # ============ data set: folders and lists ============
 class Videos:
-    """Paths, labels (int64 [n], -1: none) and class names (a list, or None) of a data set. The names are
-    one tensor of bytes, which workers share: strings would be copied into each of them."""
+    """Paths, labels (int64 [n], -1: none) and class names (a list, or None) of a data set.
+    The paths are one tensor of bytes, which workers share: strings would be copied into each."""
     def __init__(self, root, names, labels=None, classes=None):
         encoded = [os.fsencode(name) for name in names]
         self.root, self.names = root, torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
@@ -384,8 +355,7 @@ class Videos:
     def __len__(self):
         return len(self.labels)
 
-    def name(self, i):
-        """As the list has it, or relative to the folder; a str."""
+    def name(self, i):  # as the list has it, or relative to the folder
         return os.fsdecode(self.names[self.ends[i]:self.ends[i + 1]].numpy().tobytes())
 
     def path(self, i):
@@ -395,81 +365,61 @@ class Videos:
 def find_videos(source, classes=None):
     """The Videos of a folder or a list file. Raises ValueError, in one line, where there are none.
 
-    A folder is searched to any depth for files with a video's suffix, by name, without hidden ones. Its
-    class folders, empty ones too, become labels 0, 1, ... by name, or those of `classes` (names, from
-    another split). Without class folders, or with videos beside them, there are no labels.
-
-    A list has `path[ label]` on each line, separated by space, comma or tab; relative paths start at its
-    folder. The last field is the label if it is an integer: a path may hold spaces and commas, in double
-    quotes anything. Blank lines, # comments, a byte order mark and repeated lines are skipped."""
-    source, labels, kinds = os.fspath(source), {}, set()
+    A folder is searched to any depth for files with a video's suffix; hidden ones are skipped. Its class
+    folders become labels 0, 1, ... by name, or those of `classes` (another split's); without them, or with
+    videos beside them, there are no labels. A list has `path[ label]` on each line, separated by space,
+    comma or tab; the last field is the label if it is an integer. Relative paths start at its folder. Blank
+    lines and # comments are skipped."""
+    source, labels = os.fspath(source), {}
     if os.path.isdir(source):
         return find_in_folder(source, classes)
-    if not os.path.exists(source):
-        raise ValueError(f"{source}: no such folder or list file")
-    if source.lower().endswith(SUFFIXES):
-        raise ValueError(f"{source}: is a video; give the folder it lies in, or a list file")
+    if not os.path.exists(source) or source.lower().endswith(SUFFIXES):
+        raise ValueError(f"{source}: no such folder or list file (of one video, name the folder)")
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # names can be any bytes
-        lines = [line.strip() for line in file.read().split("\n")]
-    for number, line in enumerate(lines, 1):
-        if not line or line[0] == "#":
-            continue
-        match = re.fullmatch(r"(.*[^,\s])[,\s]+([+-]?\d{1,6})", line)
-        path, label, kind = (match[1], int(match[2]), "a") if match else (line, -1, "no")
-        kinds.add(kind)
-        # Without a label, a path with spaces is clear if it ends as a video does, or in a double quote.
-        clear = path.lower().endswith((*SUFFIXES, '"')) or not re.search(r"[,\s]", path) or label >= 0
-        path = path[1:-1].replace('""', '"') if path[0] == path[-1] == '"' else path
-        problem = ("is no text of the form 'path' or 'path label' (0 to 999999; double quotes around spaces)"
-                   if not clear or match and label < 0 or "\0" in line else
-                   f"has {kind} label, unlike the lines before" if len(kinds) > 1 else
-                   "had another label before" if labels.setdefault(path, label) != label else None)
-        if problem:
-            raise ValueError(f"{source}, line {number}: {line[:200]!r} {problem}")
+        for number, line in enumerate(map(str.strip, file), 1):
+            if line and line[0] != "#":
+                path, label = re.fullmatch(r"(.+?)(?:[,\s]+(-?\d{1,6}))?", line).groups("-1")
+                if "\0" in line or labels.setdefault(path, int(label)) != int(label):
+                    raise ValueError(f"{source}, line {number}: no text, or another label than before")
     if not labels:
         raise ValueError(f"{source}: lists no videos")
     return Videos(os.path.dirname(source), list(labels), list(labels.values()))
 
 
 def find_in_folder(source, classes):
-    def stop(error):  # else os.walk leaves out in silence what it may not read
-        raise ValueError(f"{error.filename}: {error.strerror}")
-
-    names, folders, seen = [], [], set()
-    for folder, inside, files in os.walk(source, followlinks=True, onerror=stop):
-        seen.add(os.path.realpath(folder))  # links are followed, but not in circles
-        inside[:] = sorted(name for name in inside if name[0] != "."
-                           and os.path.realpath(os.path.join(folder, name)) not in seen)
-        folders = folders or list(inside)
+    names, folders, errors = [], [], []
+    for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
+        inside[:] = sorted(name for name in inside if name[0] != ".")
+        folders = folders or list(inside)  # those at the top
         names += [os.path.relpath(os.path.join(folder, name), source) for name in sorted(files)
                   if name[0] != "." and name.lower().endswith(SUFFIXES)]
-    if not names:
-        raise ValueError(f"{source}: holds no videos ({' '.join(SUFFIXES)})")
+    if errors or not names:
+        raise ValueError(f"{source}: {errors[0] if errors else f'holds no videos {SUFFIXES}'}")
     if not all(os.sep in name for name in names):
         return Videos(source, names)
-    classes, owners = list(classes or folders), [name.split(os.sep)[0] for name in names]
-    if unknown := set(owners) - set(classes):
-        raise ValueError(f"{source}: folder {min(unknown)} is none of the {len(classes)} known classes")
-    number = {name: i for i, name in enumerate(classes)}
-    return Videos(source, names, [number[owner] for owner in owners], classes)
+    numbers = {name: i for i, name in enumerate(classes or folders)}
+    labels = [numbers.get(name.split(os.sep)[0]) for name in names]
+    if None in labels:
+        raise ValueError(f"{source}: {names[labels.index(None)]} is in no known class ({len(numbers)})")
+    return Videos(source, names, labels, list(numbers))
 
 
 # ============ data set: clips ============
 class Clips(Dataset):
     """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
 
-        video  uint8 [R, 3, T, size, size]   RGB; `normalize` makes the model's input of it
-        mask   bool [R, N]                   mask(generator=...), any picklable callable; if there is one
-        label  int                           -1 for none
-        index  int                           number of the video that was read; -1: none (evaluation only)
-        bad    list of (path, reason)        files that could not be read on the way
+        video  uint8 [R, 3, T, size, size], RGB; `normalize` makes the model's input of it
+        mask   bool [R, N], by mask(generator=...), a picklable callable, if given
+        label  int, -1 for none
+        index  int, number of the video read; -1: none (evaluation only)
+        bad    list of (path, reason): files that could not be read on the way
 
-    Training: R = repeats views from one decoding, each with its own random start and crop (`draw_crop`),
-    then `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global
-    generator. An unreadable file is replaced by another draw; ATTEMPTS of them in a row are a VideoError.
-    Evaluation: R = clips x crops views, evenly spread starts times evenly spread squares (1 x 1: the
-    centre); an unreadable file gives zeros. stride 0 spreads the frames over the whole video. An index
-    beyond the videos, as small data sets need to fill a batch, is another draw of index % len."""
+    Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
+    `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global generator.
+    An unreadable file is replaced by another draw; ATTEMPTS of them in a row are a VideoError.
+    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre); zeros for an
+    unreadable file. stride 0 spreads the frames over the whole video. An index beyond the videos is another
+    draw of index % len."""
     def __init__(self, videos, frames=16, stride=4, size=224, seed=0, train=True, repeats=1, views=(1, 1),
                  mask=None, draw_crop=draw_multi_scale, transform=None):
         self.videos, self.frames, self.stride, self.size, self.seed = videos, frames, stride, size, seed
@@ -481,34 +431,30 @@ class Clips(Dataset):
         return len(self.videos)
 
     def __getitem__(self, key):
-        epoch, index = key
-        video, bad = index % len(self.videos), []
+        video, bad, draw = key[1] % len(self.videos), [], partial(seeded, self.seed, *key)
         for attempt in range(ATTEMPTS if self.train else 1):
-            if attempt:  # from all videos, by nothing but the key: what failed elsewhere plays no part
-                generator = seeded(self.seed, epoch, index, attempt, 0)
-                video = int(torch.randint(len(self.videos), (), generator=generator))
+            if attempt:  # by nothing but the key: what failed elsewhere plays no part
+                video = int(torch.randint(len(self.videos), (), generator=draw(attempt, 0)))
             try:
                 with announced(self, video), Video(self.videos.path(video)) as file:
-                    views = self.choose(file.frames, seeded(self.seed, epoch, index, attempt, 1))
-                    clips, label = file.read(list(views), self.size), int(self.videos.labels[video])
+                    views = list(self.choose(file.frames, draw(attempt, 1)))
+                    clips, label = np.stack(file.read(views, self.size)), int(self.videos.labels[video])
                 break
             except VideoError as error:
                 bad.append((self.videos.path(video), str(error)))
         else:
             if self.train:
-                raise VideoError(f"over half of the videos are unreadable: {ATTEMPTS} draws in a row failed, "
-                                 f"the first {': '.join(bad[0])}")
-            shape, video, label = (math.prod(self.views), 3, self.frames, self.size, self.size), -1, -1
-            clips = np.zeros(shape, np.uint8)
-        item = {"video": torch.from_numpy(np.stack(clips)), "label": label, "index": video, "bad": bad}
-        if self.train and self.transform is not None:
-            # torchvision's transforms draw from the global generator: seeded here, put back afterwards
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeded(self.seed, epoch, index, 3).initial_seed())
-                transformed = [self.transform(clip.transpose(0, 1)).transpose(0, 1) for clip in item["video"]]
-                item["video"] = torch.stack(transformed)
-        if self.mask is not None:
-            item["mask"] = self.mask(generator=seeded(self.seed, epoch, index, 2))
+                raise VideoError(f"over half of the videos are unreadable, as {': '.join(bad[0])}")
+            video = label = -1
+            clips = np.zeros((math.prod(self.views), 3, self.frames, self.size, self.size), np.uint8)
+        item = {"video": torch.from_numpy(clips), "label": label, "index": video, "bad": bad}
+        if self.train and self.transform:
+            with torch.random.fork_rng(devices=[]):  # puts the global generator back
+                torch.manual_seed(draw(3).initial_seed())
+                views = [self.transform(view) for view in item["video"].transpose(1, 2)]
+                item["video"] = torch.stack(views).transpose(1, 2)
+        if self.mask:
+            item["mask"] = self.mask(generator=draw(2))
         return item
 
     def choose(self, total, generator):
@@ -519,7 +465,7 @@ class Clips(Dataset):
             yield numbers(place), self.draw_crop(generator)
         clips, crops = (0, 0) if self.train else self.views
         for clip, crop in itertools.product(range(clips), range(crops)):
-            # dense clips reach from the first to the last frame, as VideoMAE's; spread ones interleave
+            # dense clips reach from end to end, as VideoMAE's; spread ones interleave
             place = clip / (clips - 1) if self.stride and clips > 1 else (clip + 0.5) / clips
             side = crop / (crops - 1) if crops > 1 else 0.5
             yield numbers(place), partial(square_crop, place=side)
@@ -527,7 +473,7 @@ class Clips(Dataset):
 
 def collate(items):
     """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list); of a single
-    item also its `truth`, masks of any size."""
+    item also `truth`, masks of any size."""
     batch = {key: torch.cat([item[key] for item in items]) for key in ("video", "mask", "truth")
              if key in items[0]}
     for key in ("label", "index"):
@@ -548,10 +494,9 @@ def normalize(video, dtype=torch.float32):
 class EpochSampler:
     """Batches of (epoch, index) for one rank, from step `start` to before `stop` (None: without end).
 
-    batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by
-    (seed, epoch), cut into global batches, and these into ranks: any step can be computed, so a run
-    continues where it stopped. What does not fill the last batch is left out; videos that do not fill
-    one come again, as other draws. steps_per_epoch is a multiple of `accumulate`. Raises ValueError."""
+    batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by (seed,
+    epoch), cut into global batches, these into ranks. What does not fill the last batch is left out; videos
+    that do not fill one come again, as other draws. steps_per_epoch is a multiple of `accumulate`."""
     def __init__(self, length, batch_size, rank=0, world=1, seed=0, repeats=1, accumulate=1, start=0,
                  stop=None):
         if min(length, batch_size, repeats) < 1 or batch_size % repeats:
@@ -562,29 +507,28 @@ class EpochSampler:
 
     def __iter__(self):
         permuted = None
-        for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
+        for step in itertools.islice(itertools.count(), self.start, self.stop):
             epoch, step = divmod(step, self.steps_per_epoch)
             if epoch != permuted:
                 order, permuted = torch.randperm(self.length, generator=seeded(self.seed, epoch)), epoch
-            # the ranks' parts of a global batch lie side by side; after the last video comes the first
+            # ranks' parts of a global batch lie side by side; after the last video comes the first
             first = (step * self.world + self.rank) * self.videos
-            rounds = [divmod(i, self.length) for i in range(first, first + self.videos)]
-            yield [(epoch, again * self.length + int(order[i])) for again, i in rounds]
+            numbers = range(first, first + self.videos)
+            yield [(epoch, i - i % self.length + int(order[i % self.length])) for i in numbers]
 
 
 # ============ loader: the workers ============
-# They come from a server process that has one thread and everything imported (forkserver): none inherits a
-# lock that a thread of the training process held, and a start takes a tenth of a second. Where there is no
-# such server (Windows) they start from nothing (spawn). Either way what they are given must be picklable.
+# They come from a server process that has one thread and everything imported: none inherits a lock that a
+# thread of the training process held, and a start takes a tenth of a second. (Windows has none: spawn.)
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PRELOADED = ["torch.utils.data", "torchvision.transforms.v2", "av.filter", "numpy", "tqdm", "PIL.Image"]
+PRELOADED = ["torchvision.transforms.v2", "av.filter", "tqdm"]  # these import the others
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
 IDLE = -1.0  # on the board: no video is read
 
 
 def preload_workers():
-    """Starts the fork server and its imports in the background: seconds ahead of the first worker."""
+    """Starts the fork server and its imports in the background, which take seconds."""
     if START_METHOD == "forkserver":
         from multiprocessing import forkserver  # not to be had everywhere
         multiprocessing.set_forkserver_preload(PRELOADED)
@@ -593,20 +537,20 @@ def preload_workers():
 
 def start_worker(_):
     """Runs first in a worker: it ends with the training process, even a killed one (torch looks only at
-    the fork server), and not by Ctrl-C, which goes to all: the training process ends its workers."""
+    the fork server), not by Ctrl-C, which goes to all."""
     def leave_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    gc.freeze()  # the collector would write to all that was imported before, and so copy it
+    gc.freeze()  # the collector would write to all that was imported, and so copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def announced(dataset, number, limit=READ_SECONDS):
-    """Around the reading of a video: it stands on the board meanwhile, in the worker's row, with the
-    time.monotonic() from which it counts as hanging. Raises VideoError if dataset.bad knows it."""
+    """Around the reading of a video: its number stands on the board, in the worker's row, with the time
+    from which it counts as hanging. Raises VideoError if dataset.bad knows it."""
     if number in dataset.bad:
         raise VideoError(dataset.bad[number])
     worker = get_worker_info()
@@ -619,26 +563,25 @@ def announced(dataset, number, limit=READ_SECONDS):
 
 
 def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
-    """Yields the batches of these lists of keys (an EpochSampler's, say), made by `workers` processes.
+    """Yields the batches of these lists of keys (an EpochSampler's), made by `workers` processes.
 
-    A video that hangs or crashes its worker is noted in dataset.bad, the workers are started afresh, and
-    the same batch is made again with another draw; with workers=0 it takes the program down. Raises
-    VideoError if most videos are unreadable, WorkerError if a worker is killed from outside (by lack of
-    memory, say), a batch cannot be handed over, or ATTEMPTS starts in a row gave no batch.
-
-    dataset: Clips, or any with bad = {} and board = None that reads inside of announced(self, number)."""
-    if workers:
-        preload_workers()
+    A video that hangs or crashes its worker is noted in dataset.bad, and its batch made again by fresh
+    workers, with another draw; with workers=0 it takes the program down. Raises VideoError if most videos
+    are unreadable, WorkerError where no video is to blame or too many are.
+    dataset: Clips, or any with bad = {} and board = None that reads inside announced(self, number)."""
+    if not workers:
+        yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
+        return
+    preload_workers()
     failed, keys, pending = 0, iter(batches), collections.deque()
     while failed < ATTEMPTS:
-        # First again what was handed to workers that are gone.
-        keys, pending = itertools.chain(pending, keys), collections.deque()
-        dataset.board = torch.full((max(1, workers), 2), IDLE, dtype=torch.float64).share_memory_()
-        # A timeout leaves the iterator whole: it lets the loader look after its workers now and then.
+        keys, pending = itertools.chain(pending, keys), collections.deque()  # first what the lost ones had
+        dataset.board = torch.full((workers, 2), IDLE, dtype=torch.float64).share_memory_()
+        # A timeout leaves the iterator whole: the time to look after the workers.
         made = iter(DataLoader(
             dataset, batch_sampler=(pending.append(k) or k for k in keys), num_workers=workers,
-            multiprocessing_context=START_METHOD if workers else None, worker_init_fn=start_worker,
-            timeout=WATCH_SECONDS if workers else 0, pin_memory=pin_memory, collate_fn=collate))
+            multiprocessing_context=START_METHOD, worker_init_fn=start_worker, timeout=WATCH_SECONDS,
+            pin_memory=pin_memory, collate_fn=collate))
         since, blamed = time.monotonic(), {}
         try:
             while not blamed:
@@ -647,10 +590,8 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError, VideoError) as error:
-                    if not workers:
-                        raise
-                    error.__traceback__ = None  # it would keep the workers alive for as long as the error
-                    blamed = judge(error, getattr(made, "_workers", []), dataset.board.tolist(), since)
+                    error.__traceback__ = None  # it would keep the workers alive
+                    blamed = judge(error, made._workers, dataset.board.tolist(), since)
                 else:
                     failed = 0
                     pending.popleft()
@@ -665,135 +606,119 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
 
 def judge(error, workers, board, since):
     """What DataLoader's error means: {video: reason} to leave out (none: wait on), or an error to raise.
-    board: a row (video, end of its time) for each of the workers; since: when the waiting began."""
+    board: (video, end of its time) of each worker; since: when the waiting began."""
     if isinstance(error, VideoError):  # a worker's comes with its traceback in the text
-        raise VideoError(re.sub(r"(?s)^Caught .*Error: ", "", str(error)).strip()) from None
-    if not isinstance(error, RuntimeError):  # a connection breaks some time before its worker has ended
+        raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
+    if not isinstance(error, RuntimeError):  # a connection breaks before its worker has ended
         time.sleep(WATCH_SECONDS)
-    # A crash or a hang is blamed on the video that stands on the board; other ends came from outside.
-    now, blamed, ended = time.monotonic(), {}, []
+    now, blamed, full = time.monotonic(), {}, "/dev/shm full (docker's --shm-size)?"
+    # A crash or a hang is blamed on the video on the board; other ends came from outside.
     for worker, (video, limit) in zip(workers, board):
         code = worker.exitcode
-        crashed = code is not None and (code in CRASHES or code >= 0xC0000000)
+        crashed = code in CRASHES or (code or 0) >= 0xC0000000
         if video != IDLE and (crashed or code is None and now > limit):
             blamed[int(video)] = f"its decoder {'crashed' if crashed else 'hung'}"
             worker.kill()  # one that hangs hears nothing else
         elif code is not None:
-            ended.append(f"signal {-code}" if code < 0 else f"exit code {code}")
-    full = "/dev/shm full (docker's --shm-size)?"
-    if ended:
-        raise WorkerError(f"a worker has ended ({', '.join(ended)}): out of memory, or is {full}") from None
+            raise WorkerError(f"a worker has ended (exit code {code}): out of memory, or is {full}") from None
     if not blamed and "timed out" not in str(error):
         raise error
     if not blamed and now > since + IDLE_SECONDS and all(video == IDLE for video, _ in board):
-        raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker is reading: is {full}") from None
+        raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker reads: is {full}") from None
     return blamed
 
 
 # ============ prepare: re-encoding for quick random access ============
-# What makes H.264 quick to enter anywhere: short groups; B-frames in a fixed pattern, which nothing depends
-# on, so that unwanted ones are dropped undecoded; no arithmetic coding, no deblocking. It costs about 2 dB.
+# Quick to enter anywhere: short groups; B-frames that nothing depends on, and so are dropped undecoded; no
+# arithmetic coding, no deblocking. It costs about 2 dB.
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:cabac=0:"
         "no-deblock=1:log-level=-1"}
 
 
-def reencode(source, target, gop=16, short_side=256):
+def reencode(source, target, gop, short_side):
     """Writes a video anew as H.264 in mp4 without sound: a keyframe every `gop` frames, the short side at
-    most `short_side`, rotation applied, times kept. Raises VideoError if the video is damaged, OSError if
-    the target cannot be written; it appears whole."""
+    most `short_side`, rotation applied, times kept. Raises VideoError if the source is damaged."""
     def filters(width, height):
         shrink = min(1, short_side / min(width, height))  # nothing is enlarged
         width, height = [max(2, round(side * shrink / 2) * 2) for side in (width, height)]
-        # One colour description for all files: the one that is assumed where none is given
-        colour = "flags=bicubic:out_range=tv:out_color_matrix=bt601"
-        return [("scale", f"{width}:{height}:{colour}"), ("format", "yuv420p")]
+        colour = "out_range=tv:out_color_matrix=bt601"  # for all, as is assumed where none is given
+        return [("scale", f"{width}:{height}:flags=bicubic:{colour}"), ("format", "yuv420p")]
 
     def pictures(video):
         graph = FilterGraph(filters)
         with file_errors():
-            for frame in video.decode():
-                yield frame.pts if video.timed else None, graph(frame)
+            for count, frame in enumerate(video.decode()):
+                yield (frame.pts or 0) if video.timed else count, graph(frame)
 
-    part, stream, last = target + ".part", None, -2**62
-    try:
-        with Video(source) as video, av.open(part, "w", format="mp4") as output:
-            rate = video.stream.average_rate or Fraction(25)  # raw streams have none
-            for count, (pts, frame) in enumerate(pictures(video)):
-                if stream is None:
-                    shape = {"width": frame.width, "height": frame.height, "pix_fmt": "yuv420p"}
-                    stream = output.add_stream("libx264", rate, {**X264, "g": str(gop)}, **shape)
-                    stream.codec_context.thread_count = 1
-                    stream.codec_context.time_base = video.stream.time_base if video.timed else 1 / rate
-                frame.pts = last = max(last + 1, count if pts is None else pts)
-                frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # the encoder chooses
-                output.mux(stream.encode(frame))
+    stream, last = None, -2**62
+    with Video(source) as video, av.open(target, "w", format="mp4") as output:
+        rate = video.stream.average_rate or Fraction(25)  # raw streams have none
+        for pts, frame in pictures(video):
             if stream is None:
-                raise VideoError("it has no frames")
-            output.mux(stream.encode(None))
-        os.replace(part, target)
-    except (av.FFmpegError, OSError) as error:  # the target's: the source's are VideoErrors by now
-        raise OSError(f"{target}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
+                stream = output.add_stream("libx264", rate, {**X264, "g": str(gop)}, thread_count=1,
+                                           width=frame.width, height=frame.height, pix_fmt="yuv420p")
+                stream.codec_context.time_base = video.stream.time_base if video.timed else 1 / rate
+            frame.pts = last = max(last + 1, pts)
+            frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # the encoder chooses
+            output.mux(stream.encode(frame))
+        if stream is None:
+            raise VideoError("it has no frames")
+        output.mux(stream.encode(None))
 
 
 class Reencoder(Dataset):
-    """Re-encodes video by video; items (number, None or why not). What is finished stays as it is."""
+    """Items are (number, why it failed or None). As a data set, the loader deals with decoders that crash."""
     def __init__(self, videos, targets, *options):
         self.videos, self.targets, self.options, self.bad, self.board = videos, targets, options, {}, None
 
     def __getitem__(self, key):
-        number, target = key[1], self.targets.path(key[1])
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        number, target = key[1], Path(self.targets.path(key[1]))
+        part = target.with_suffix(".part")  # files appear whole
         try:
             with announced(self, number, limit=3600):
-                if not os.path.exists(target):
-                    reencode(self.videos.path(number), target, *self.options)
+                if not target.exists():
+                    reencode(self.videos.path(number), part, *self.options)
+                    part.replace(target)
+            return number, None
         except VideoError as error:
             return number, str(error)
-        return number, None
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def new_names(videos):
-    """Names for the re-encoded videos, relative to their new folder: .mp4, none twice."""
-    paths, top = [os.path.abspath(videos.path(i)) for i in range(len(videos))], os.path.abspath(videos.root)
-    if not all(path.startswith(os.path.join(top, "")) for path in paths):  # a list of videos elsewhere
-        top = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names = [os.path.relpath(path, top) for path in paths]
-    bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
-    return [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
+def save(path, content):
+    """Writes bytes to a file that appears whole, even if others write the same one."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def prepare(source, directory, gop=16, short_side=256, workers=CORES):
-    """Re-encodes a folder or list of videos into `directory`: same layout, labels and list name; restartable.
+    """Re-encodes a folder or list of videos into `directory`: same layout, labels and list name, as .mp4.
 
-    Every file becomes .mp4. Unreadable and damaged ones are left out (of the new list too), and listed with
-    their reasons in directory/unreadable.txt; their number is returned. Run again, it goes on with what is
-    missing, and tries again what was unreadable. Raises ValueError."""
+    Damaged ones are left out (of the new list, too) and listed with reasons in directory/unreadable.txt;
+    their number is returned. Run again, it makes what is missing. Raises ValueError."""
     videos, folder = find_videos(source), os.path.isdir(source)
-    old, new = map(os.path.realpath, (source if folder else os.path.dirname(source), directory))
-    if new == old or folder and new.startswith(os.path.join(old, "")):
-        raise ValueError(f"{directory} must be outside of {source}, or both would be searched next time")
+    old, new = Path(source).resolve(), Path(directory).resolve()
+    if new == old.parent or old in (new, *new.parents):
+        raise ValueError(f"{directory} must be another folder, outside of {source}")
     if min(gop, short_side, workers) < 1:
         raise ValueError("--gop, --short-side and --workers must be at least 1")
-    targets, kept, lost = Videos(str(directory), new_names(videos)), [], []
-    for name in videos.classes or [""]:
-        os.makedirs(os.path.join(directory, name), exist_ok=True)  # a class without videos keeps its number
-    # As a data set, so that the loader deals with decoders that crash.
-    work, jobs = Reencoder(videos, targets, gop, short_side), ([(0, number)] for number in range(len(videos)))
-    for (number, reason), in tqdm(load(work, jobs, workers, collate=list), total=len(videos)):
-        label = videos.labels[number].item()
-        if reason:
-            lost.append(f"{videos.path(number)}: {reason}\n")
-        else:
-            kept.append(targets.name(number) + (f" {label}\n" if label >= 0 else "\n"))
-    for name, lines in (("unreadable.txt", lost), ("" if folder else os.path.basename(source), kept)):
-        path = os.path.join(directory, name)
-        if name:  # names can be any bytes
-            with open(path + ".part", "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(lines)
-            os.replace(path + ".part", path)
+    paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
+    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's videos may lie elsewhere
+    names = [os.path.relpath(path, top) for path in paths]
+    bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
+    names = [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
+    for name in {*(videos.classes or ()), *map(os.path.dirname, names)}:
+        Path(directory, name).mkdir(parents=True, exist_ok=True)  # a class without videos keeps its number
+    work = Reencoder(videos, Videos(directory, names), gop, short_side)
+    items = load(work, ([(0, i)] for i in range(len(videos))), workers, collate=list)
+    reasons = dict(item for item, in tqdm(items, total=len(videos)))
+    lost = [f"{paths[i]}: {reason}\n" for i, reason in reasons.items() if reason]
+    kept = [f"{names[i]} {label}\n" for i, label in enumerate(videos.labels.tolist()) if not reasons[i]]
+    save(Path(directory, "unreadable.txt"), os.fsencode("".join(lost)))
+    if not folder:
+        save(Path(directory, Path(source).name), os.fsencode("".join(kept)))
     return len(lost)
 
 
@@ -801,28 +726,24 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 # Sixteen classes, appearance x motion: who knows only one of the two is right for one clip in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES = 80, 24                # pixels a side, frames a video
-DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; validation videos of these that have masks
+DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
 # mbtree would differ from run to run
 DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-params": "mbtree=0"}
 
 
 def demo_clip(rng, texture, motion):
     """One video, uint8 RGB [T, H, W, 3], and its masks [T, H, W]: 0 background, 1 object, 2 distractor.
-
-    A textured object rests, drifts down the diagonal or up it, or shakes, over a background that a camera
-    pans across. Its class is texture and motion; colours, light, grain, size, place, speed are nuisance."""
+    A textured object rests, drifts down the diagonal or up it, or shakes, over a background that pans.
+    Its class is texture and motion; all else is nuisance."""
     shape = DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE
-    number, y, x = (axis.astype(np.float32) for axis in np.ogrid[tuple(map(slice, shape))])
-    t, y, x = number - (DEMO_FRAMES - 1) / 2, y - (DEMO_SIZE - 1) / 2, x - (DEMO_SIZE - 1) / 2
-
-    def draw(low, high):
-        return float(rng.uniform(low, high))  # Python's floats leave float32 arrays float32
+    t, y, x = [np.float32(axis - (axis.size - 1) / 2) for axis in np.ogrid[tuple(map(slice, shape))]]
+    draw = rng.uniform  # Python's floats: float32 arrays stay float32
 
     def over(picture, alpha, rgb):
         return picture + alpha * (rgb - picture)  # [3, T, H, W]
 
     def shades(dark, light):
-        """A dark and a light shade of one hue, their values drawn from these ranges."""
+        """A dark and a light shade of one hue, [2, 3, 1, 1, 1]."""
         hue, saturation = draw(0, 1), draw(0.25, 0.8)
         rgb = np.float32([colorsys.hsv_to_rgb(hue, saturation, draw(*value)) for value in (dark, light)])
         return rgb[:, :, None, None, None]
@@ -835,126 +756,112 @@ def demo_clip(rng, texture, motion):
 
     # Distractor: a plain disc, drifting anywhere.
     distance = np.hypot(x - draw(-30, 30) - draw(-1, 1) * t, y - draw(-30, 30) - draw(-1, 1) * t)
-    alpha = np.clip(draw(6, 10) - distance + 0.5, 0, 1)
-    picture = over(picture, alpha, shades((0.3, 1), (0, 0))[0])
-    mask = np.where(alpha > 0.5, np.uint8(2), np.uint8(0))
+    disc = np.clip(draw(6, 10) - distance + 0.5, 0, 1)
+    picture = over(picture, disc, shades((0.3, 1), (0, 0))[0])
 
-    # Object: anything from a disc to a rounded square. Within one tube it moves by about a quarter of its
-    # texture's period when it drifts, and by half of it when it shakes.
+    # Object: a disc to a rounded square. Within a tube it moves by about a quarter of its texture's period
+    # when it drifts, by half of it when it shakes.
     period, speed = draw(9.2, 10.8), draw(1.1, 1.45)
-    shakes = 2.5 - 5 * (number // 2 % 2)
-    shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": shakes}[motion]
+    shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}[motion]
     u, v = x - draw(-8, 8) - shift, y - draw(-8, 8) - shift
     square = draw(0, 0.6)
     distance = (1 - square) * np.hypot(u, v) + square * np.maximum(np.abs(u), np.abs(v))
-    alpha = np.clip(draw(26, 36) - distance + 0.5, 0, 1)
+    body = np.clip(draw(26, 36) - distance + 0.5, 0, 1)
     tilt, wave = draw(-0.1, 0.1), 2 * math.pi / period
     a = wave * (u * math.cos(tilt) + v * math.sin(tilt)) + draw(0, 6.3)
     b = wave * (v * math.cos(tilt) - u * math.sin(tilt)) + draw(0, 6.3)
-    field = {"upright": lambda: np.sin(a), "level": lambda: np.sin(b),
-             "checks": lambda: 2 * np.sin(a) * np.sin(b),
-             "dots": lambda: np.cos(a) + np.cos(b) - 0.8}[texture]()
+    field = {"upright": np.sin(a), "level": np.sin(b), "checks": 2 * np.sin(a) * np.sin(b),
+             "dots": np.cos(a) + np.cos(b) - 0.8}[texture]
     dark, light = shades((0.1, 0.4), (0.75, 1))
-    picture = over(picture, alpha, over(dark, np.clip(1.2 * field + 0.5, 0, 1), light))
-    mask[alpha > 0.5] = 1
+    picture = over(picture, body, over(dark, np.clip(1.2 * field + 0.5, 0, 1), light))
 
     # Light that changes, and grain.
     light = draw(0.75, 1.1) * (1 + draw(0, 0.12) * np.sin(draw(0.1, 0.5) * t + draw(0, 6.3)))
-    picture *= 255 * light
-    picture += draw(2, 6) * rng.standard_normal(shape, dtype=np.float32)
-    return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)), mask
+    picture = picture * (255 * light) + draw(2, 6) * rng.standard_normal(shape, dtype=np.float32)
+    masks = np.select([body > 0.5, disc > 0.5], [1, 2]).astype(np.uint8)  # [T, H, W]
+    return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)), masks
 
 
 def write_demo_clip(directory, seed, split, texture, motion, number):
-    """Writes directory/split/<class>/NN.mp4, and for some of val's its frames and masks as DAVIS does."""
+    """Writes directory/split/<class>/NN.mp4, for some of val before it their frames and masks."""
+    name = f"{texture}-{motion}"
+    path = Path(directory, split, name, f"{number:02}.mp4")
+    if path.exists():
+        return
     key = [seed, split == "val", DEMO_TEXTURES.index(texture), DEMO_MOTIONS.index(motion), number]
     frames, masks = demo_clip(np.random.default_rng(key), texture, motion)
-    path = os.path.join(directory, split, f"{texture}-{motion}", f"{number:02}.mp4")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with av.open(path, "w", options={"fflags": "bitexact"}) as file:  # no dates in the header
-        shape = {"width": DEMO_SIZE, "height": DEMO_SIZE, "pix_fmt": "yuv420p", "thread_count": 1}
-        stream = file.add_stream("libx264", 12, DEMO_X264, **shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind, pictures, suffix in (("JPEGImages", frames, "jpg"), ("Annotations", masks, "png")):
+        folder = Path(directory, "davis", kind, f"{name}-{number:02}")
+        for i, picture in enumerate(pictures if split == "val" and number < DEMO_MASKED else ()):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"{i:05}.{suffix}", quality=95)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"fflags": "bitexact"}) as file:  # no dates in the header
+        stream = file.add_stream("libx264", 12, DEMO_X264, width=DEMO_SIZE, height=DEMO_SIZE,
+                                 pix_fmt="yuv420p", thread_count=1)
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
-    for kind, pictures, suffix in (("JPEGImages", frames, "jpg"), ("Annotations", masks, "png")):
-        folder = os.path.join(directory, "davis", kind, f"{texture}-{motion}-{number:02}")
-        for i, picture in enumerate(pictures if split == "val" and number < DEMO_MASKED else ()):
-            os.makedirs(folder, exist_ok=True)
-            Image.fromarray(picture).save(os.path.join(folder, f"{i:05}.{suffix}"), quality=95)
+    save(path, buffer.getvalue())
 
 
 def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
-    DIR/davis has the first DEMO_MASKED validation clips of each class once more, with exact masks (values
-    as demo_clip's), in DAVIS's layout: JPEGImages/<class>-NN/00000.jpg, Annotations/<class>-NN/00000.png.
-    A finished DIR of the same seed is reused; a folder with anything else in it is a ValueError."""
-    parent, name = os.path.split(os.path.abspath(directory))
-    # an empty file that says what was written
-    done = os.path.join(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
-    # All is written beside its place and moved there at once. What a killed process left goes after an hour.
-    for left in glob.glob(os.path.join(glob.escape(parent), name + ".unfinished-*")):
-        if time.time() - os.stat(left).st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    if os.path.exists(done):
-        return
-    if os.path.isdir(directory) and os.listdir(directory):
+    DIR/davis has the first DEMO_MASKED of val a class once more, with exact masks, laid out as DAVIS.
+    What DIR has of the same seed already stays; a folder with anything else in it is a ValueError."""
+    # Written first, empty: whose folder it is. Two processes may fill it at once.
+    mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
+    os.makedirs(directory, exist_ok=True)
+    if os.listdir(directory) and not mark.exists():
         raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
+    mark.touch()
     jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
             for job in itertools.product(DEMO_TEXTURES, DEMO_MOTIONS, range(count))]
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=name + ".unfinished-", dir=parent) as unfinished:
-        with ThreadPoolExecutor(CORES) as pool:  # NumPy and the encoder leave Python's lock
-            list(pool.map(lambda job: write_demo_clip(unfinished, seed, *job), jobs))
-        open(os.path.join(unfinished, os.path.basename(done)), "w").close()
-        os.chmod(unfinished, 0o755)  # a temporary folder is its owner's only
-        try:
-            os.rename(unfinished, directory)
-        except OSError:
-            if not os.path.exists(done):  # another process was quicker, and has written the same
-                raise
+    with ThreadPool(CORES) as pool:  # NumPy and the encoder leave Python's lock
+        pool.starmap(partial(write_demo_clip, directory, seed), jobs)
 
 
 # ============ bench, command line ============
 def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
-    """Reads training clips in this process and prints what one costs, and the cores for `rate` a second."""
-    videos, count, bad = find_videos(source), 0, {}
-    clips, sampler = Clips(videos, frames, stride, size), iter(EpochSampler(len(videos), 1))
-    clips[next(sampler)[0]]  # libraries and disk warm up
-    began, cpu = time.monotonic(), time.process_time()
-    while time.monotonic() - began < seconds:
-        bad.update(clips[next(sampler)[0]]["bad"])
-        count += 1
-    cpu = (time.process_time() - cpu) / count
-    print(f"{len(videos)} videos, {count} clips of {frames} frames read, {len(bad)} unreadable videos met")
-    print(f"{1 / cpu:.1f} clips per CPU-second ({1000 * cpu:.1f} ms a clip); "
-          f"{rate:g} clips a second take {rate * cpu:.1f} cores")
+    """Reads training clips in this process; prints what one costs, and the cores for `rate` a second."""
+    clips = Clips(find_videos(source), frames, stride, size)
+    items = (clips[key] for key, in EpochSampler(len(clips), 1))
+    next(items)  # libraries and disk warm up
+    end, cpu = time.monotonic() + seconds, time.process_time()
+    for count, _ in enumerate(items, 1):
+        if time.monotonic() > end:
+            break
+    cpu = (time.process_time() - cpu) / count  # seconds a clip
+    print(f"{len(clips)} videos, {count} clips read: {1 / cpu:.1f} clips per CPU-second; "
+          f"{rate:g} a second take {rate * cpu:.1f} cores")
 
 
 def main():
-    """The command line: commands for three functions, flags for their parameters that have a default."""
+    """A command for each function, a flag for each parameter that has a default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    functions = {"prepare": prepare, "bench": bench, "demo": write_demo}
-    for command, function in functions.items():
-        sub = commands.add_parser(command, help=function.__doc__.split("\n")[0], description=function.__doc__)
+    commands = parser.add_subparsers(required=True)
+    for command, function in {"prepare": prepare, "bench": bench, "demo": write_demo}.items():
+        sub = commands.add_parser(command, description=function.__doc__)
+        sub.set_defaults(function=function)
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.default is parameter.empty:
+            default = parameter.default
+            if default is parameter.empty:
                 sub.add_argument(name)
             else:
-                sub.add_argument("--" + name.replace("_", "-"), type=type(parameter.default),
-                                 default=parameter.default, help=f"default: {parameter.default}")
+                sub.add_argument("--" + name.replace("_", "-"), type=type(default), default=default,
+                                 help=f"default: {default}")
     options = vars(parser.parse_args())
     try:
-        if lost := functions[options.pop("command")](**options):
-            sys.exit(f"data.py: {lost} unreadable videos were left out, see unreadable.txt in the new folder")
+        if lost := options.pop("function")(**options):
+            sys.exit(f"data.py: {lost} unreadable videos are left out, see unreadable.txt there")
     except ValueError as error:
         parser.error(str(error))
     except (VideoError, OSError, RuntimeError) as error:
         sys.exit(f"data.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; prepare goes on from here with the same command")
+        sys.exit("data.py: interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

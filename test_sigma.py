@@ -772,14 +772,15 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
 
 @parametrize("name", ["bframes.mp4", "vfr.mkv", "opengop.ts", "h264.avi", "mjpeg.avi"])
 def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name):
-    """Beyond that it is an error, and so another draw, instead of a frame again that is not the last."""
+    """Beyond that it is an error, and so another draw; only a cut Matroska looks like a shorter video."""
     content, path, got = Path(video_file(name)).read_bytes(), tmp_path / name, []
     header = max(0, content.find(b"mdat"))
     path.write_bytes(content[:header + (len(content) - header) * 6 // 10])
     for n in range(N):
         with contextlib.suppress(data.VideoError):
             got += video_whole(path, 1, 1, n)
-    assert got[:20] == list(range(20)) and got == sorted(set(got)) and len(got) < 40
+    assert got[:20] == list(range(20)) and got == sorted(got) and len(set(got)) < 40
+    assert name == "vfr.mkv" or len(set(got)) == len(got)
 
 
 def test_damage_in_the_middle_is_not_silent(video_file, tmp_path):
@@ -834,9 +835,10 @@ def test_folders(tmp_path):
         (tmp_path / name).touch()
     for name in ("empty", "dog/dir.mp4", "nothing"):
         (tmp_path / name).mkdir()
-    (tmp_path / "dog" / "loop").symlink_to(tmp_path)
-    names = ["cat/ä ö.webm", "cat/deep/a.MKV", "dog/b.mp4"]
-    assert video_found(tmp_path) == (names, [0, 0, 1], ["cat", "dog", "empty", "nothing"])
+    (tmp_path / "linked").symlink_to(tmp_path / "cat" / "deep")
+    names = ["cat/ä ö.webm", "cat/deep/a.MKV", "dog/b.mp4", "linked/a.MKV"]
+    assert video_found(tmp_path) == (names, [0, 0, 1, 3], ["cat", "dog", "empty", "linked", "nothing"])
+    (tmp_path / "linked").unlink()
     assert video_found(tmp_path, classes=["dog", "cat"])[1] == [1, 1, 0]
     with pytest.raises(ValueError, match="dog"):
         video_found(tmp_path, classes=["cat"])
@@ -861,12 +863,11 @@ def test_200_000_lines_take_seconds(tmp_path):
     ("my dog, 1.mp4\nb.webm", {"my dog, 1.mp4": -1, "b.webm": -1}),
     ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\na.mp4 3\r\n", {"a.mp4": 3, "b.mp4": 4}),
     ("my dog, 1.mp4 7\nä/ö 2.mp4, 8", {"my dog, 1.mp4": 7, "ä/ö 2.mp4": 8}),
-    ('"a, b 3",5\n"say ""hi"".mp4",6', {"a, b 3": 5, 'say "hi".mp4': 6}),
+    ("a.mp4 1\nb.mp4\nc.mp4 -1", {"a.mp4": 1, "b.mp4": -1, "c.mp4": -1}),
     ("it's.mp4 1\n12 5", {"it's.mp4": 1, "12": 5}),
     (b"/abs/a.mp4 1\ncaf\xe9.mp4 2", {"/abs/a.mp4": 1, os.fsdecode(b"caf\xe9.mp4"): 2}),
-    ("a.mp4 1\nb.mp4\n", "line 2: .*no label"), ("a.mp4\n\nb.mp4 1", "line 3: .*a label"),
-    ("a.mp4 -1", "line 1: .*-1"), ("a.mp4 dog", "line 1: .*dog"), ("a.mp4 1\na.mp4 2", "line 2: .*label"),
-    ("a.mp4 9999999999", "line 1: .*99"), ("\0\1\2 binary", "line 1: .*no text"), ("# a\n\n", "no videos"),
+    ("a.mp4 1\n\na.mp4 2", "line 3: .*label"), ("\0\1\2 binary", "line 1: .*no text"),
+    ("# a\n\n", "no videos"),
 ])
 def test_list_files(tmp_path, content, expected):
     path = tmp_path / "list.txt"
@@ -1020,7 +1021,7 @@ def test_videos_that_take_their_workers_along_are_left_out():
     assert batches == [[bad.get(n, n) for n in batch] for batch in order]
 
 
-@parametrize("deeds, message", [({2: "SIGKILL"}, "signal 9"), ({2: "unsendable"}, "no batch"),
+@parametrize("deeds, message", [({2: "SIGKILL"}, "code -9"), ({2: "unsendable"}, "no batch"),
                                 ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row")])
 def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypatch):
     monkeypatch.setattr(data, "IDLE_SECONDS", 1 if message == "no batch" else 60)
@@ -1181,26 +1182,27 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     assert steps[masks[1] == 1].mean() > 2 * steps[masks[1] == 0].mean()
 
 
-def video_demo(directory, train):
-    data.DEMO_TRAIN, data.DEMO_VAL = train, 0
+def video_demo(directory):
+    data.DEMO_TRAIN, data.DEMO_VAL = 4, 1
     data.write_demo(directory)
 
 
 def test_two_first_demos_at_once_and_one_that_is_killed(tmp_path):
-    killed, *both = [FORKED.Process(target=video_demo, args=(tmp_path / "demo", n)) for n in (40, 1, 1)]
+    killed, *both = [FORKED.Process(target=video_demo, args=(tmp_path / "demo",)) for _ in range(3)]
     killed.start()
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("*/train/*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not list(tmp_path.glob("demo/train/*/*.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     killed.kill()
     killed.join()
-    left, = tmp_path.iterdir()
-    os.utime(left, (time.time() - 4000,) * 2)    # as if it were an hour ago
-    for process in both:
+    assert 0 < len(list(tmp_path.rglob("*.mp4"))) < 16 * 5
+    for process in both:                         # they go on from there
         process.start()
     assert [process.join(60) or process.exitcode for process in both] == [0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-    assert len(list((tmp_path / "demo" / "train").rglob("*.mp4"))) == 16
+    video_demo(tmp_path / "whole")
+    written, whole = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*g*")}
+                      for root in (tmp_path / "demo", tmp_path / "whole")]
+    assert len(whole) > 16 * 5 and written == whole
 
 
 # ============ train.py: pretraining ============
