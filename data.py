@@ -41,7 +41,7 @@ av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame;
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # What a file may be: no playlist (concat, hls, dash), which opens other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192   # of one frame: a damaged header can ask for any amount of memory
+MAX_PIXELS = 8192 * 8192   # of a frame: a damaged header can ask for any memory
 MAX_KEPT_BYTES = 64 << 20  # larger files are read twice, not kept in memory
 READ_SECONDS = 120         # after which a decoder is taken to hang
 IDLE_SECONDS = 60          # without a batch while no worker reads: an error
@@ -96,7 +96,7 @@ class Video(contextlib.AbstractContextManager):
         if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
             raise VideoError("it has no video stream that FFmpeg can decode")
         self.codec.thread_count = 1  # the loader's workers are the parallelism
-        # explode: complain about damage instead of painting over it with pieces of other frames
+        # explode: complain about damage instead of painting over it
         self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
 
     def _index(self):
@@ -106,7 +106,7 @@ class Video(contextlib.AbstractContextManager):
             for packet in self.container.demux():
                 last = packet if packet.size else last  # no size: the end, or AVI's "as before"
                 if packet.size and packet.stream.index == mine:
-                    # cut off by an edit list, or one of VP8's hidden references (RFC 6386, section 9.1)
+                    # cut off by an edit list, or VP8's hidden references (RFC 6386, 9.1)
                     hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
                     pts = math.nan if packet.pts is None else packet.pts  # NaN: before nothing
                     rows.append((packet if self.keep else None, pts, packet.is_keyframe, hidden))
@@ -141,6 +141,7 @@ class Video(contextlib.AbstractContextManager):
         self.codec.flush_buffers()  # it may hold frames of an earlier reading
         packets, start, self.doubts = self.packets, self.pts[first], {}
         if not self.keep:  # a large file is demuxed again
+            self.container.close()
             self._open()
             packets = (packet for packet in self.container.demux(self.stream) if packet.size)
         run = itertools.chain(itertools.islice(packets, first, end), [None])  # None: what it holds back
@@ -208,7 +209,7 @@ class Video(contextlib.AbstractContextManager):
         views = [(np.minimum(numbers, self.frames - 1), np.empty((3, len(numbers), size, size), np.uint8),
                   FilterGraph(partial(crop_filters, crop=crop, size=size))) for numbers, crop in views]
         wanted = sorted({int(n) for numbers, *_ in views for n in numbers})
-        # From the beginning if need be: a keyframe may not be as good a place to start as it says.
+        # From the beginning if need be: a keyframe may be no good place to start.
         for decode in (self._decode_near, self._decode_counting)[0 if self.timed else 1:]:
             missing = set(wanted)
             try:
@@ -253,7 +254,7 @@ class FilterGraph:
         return self.graphs[key].pull()
 
     def rgb(self, frame):
-        """uint8 [3, height, width], where the filters end in planar RGB (libavfilter's gbrp)."""
+        """uint8 [3, height, width], where the filters end in planar RGB."""
         frame = self(frame)
         g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
         return np.stack([r, g, b])[:, :, :frame.width]  # lines are padded
@@ -287,7 +288,7 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 
 # ============ clip: which frames, which part of the picture ============
 def frame_numbers(total, frames, stride, place=0.5):
-    """Numbers of `frames` frames out of `total`, a list; beyond its end where the video is too short.
+    """Numbers of `frames` frames out of `total`, a list; beyond the end where that is too short.
     stride >= 1: every stride-th (Kinetics); place, 0 to 1, is where the clip lies. stride 0: one from each
     of `frames` equal parts (Something-Something); place, a number or [frames], is where in its part."""
     if stride == 0:
@@ -312,7 +313,7 @@ CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
 
 
 def draw_multi_scale(generator):
-    """Pretraining's crop: a function of the displayed width and height that returns (x, y, w, h)."""
+    """Pretraining's crop: a function (displayed width, height) -> (x, y, w, h)."""
     (scale_w, scale_h), (x, y) = [choice[int(torch.randint(len(choice), (), generator=generator))]
                                   for choice in (CROP_SHAPES, CROP_PLACES)]
 
@@ -374,7 +375,7 @@ def find_videos(source, classes=None):
     if os.path.isdir(source):
         return find_in_folder(source, classes)
     if not os.path.exists(source) or source.lower().endswith(SUFFIXES):
-        raise ValueError(f"{source}: no such folder or list file (of one video, name the folder)")
+        raise ValueError(f"{source}: no such folder or list of videos")
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # names can be any bytes
         for number, line in enumerate(map(str.strip, file), 1):
             if line and line[0] != "#":
@@ -511,7 +512,7 @@ class EpochSampler:
             epoch, step = divmod(step, self.steps_per_epoch)
             if epoch != permuted:
                 order, permuted = torch.randperm(self.length, generator=seeded(self.seed, epoch)), epoch
-            # ranks' parts of a global batch lie side by side; after the last video comes the first
+            # ranks' parts lie side by side; after the last video comes the first
             first = (step * self.world + self.rank) * self.videos
             numbers = range(first, first + self.videos)
             yield [(epoch, i - i % self.length + int(order[i % self.length])) for i in numbers]
@@ -519,7 +520,7 @@ class EpochSampler:
 
 # ============ loader: the workers ============
 # They come from a server process that has one thread and everything imported: none inherits a lock that a
-# thread of the training process held, and a start takes a tenth of a second. (Windows has none: spawn.)
+# thread of the training process held, and a start takes 0.1 s. (Windows has none: spawn.)
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PRELOADED = ["torchvision.transforms.v2", "av.filter", "tqdm"]  # these import the others
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
@@ -530,7 +531,7 @@ IDLE = -1.0  # on the board: no video is read
 def preload_workers():
     """Starts the fork server and its imports in the background, which take seconds."""
     if START_METHOD == "forkserver":
-        from multiprocessing import forkserver  # not to be had everywhere
+        from multiprocessing import forkserver  # not everywhere
         multiprocessing.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
 
@@ -630,7 +631,7 @@ def judge(error, workers, board, since):
 
 # ============ prepare: re-encoding for quick random access ============
 # Quick to enter anywhere: short groups; B-frames that nothing depends on, and so are dropped undecoded; no
-# arithmetic coding, no deblocking. It costs about 2 dB.
+# arithmetic coding, no deblocking.
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:cabac=0:"
         "no-deblock=1:log-level=-1"}
 
@@ -690,7 +691,8 @@ def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
     part = Path(f"{path}.{os.getpid()}.part")
     part.write_bytes(content)
-    part.replace(path)
+    with contextlib.suppress(FileNotFoundError):  # another process has finished, and tidied up
+        part.replace(path)
 
 
 def prepare(source, directory, gop=16, short_side=256, workers=CORES):
@@ -710,7 +712,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
     names = [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
     for name in {*(videos.classes or ()), *map(os.path.dirname, names)}:
-        Path(directory, name).mkdir(parents=True, exist_ok=True)  # a class without videos keeps its number
+        Path(directory, name).mkdir(parents=True, exist_ok=True)  # an empty class keeps its number
     work = Reencoder(videos, Videos(directory, names), gop, short_side)
     items = load(work, ([(0, i)] for i in range(len(videos))), workers, collate=list)
     reasons = dict(item for item, in tqdm(items, total=len(videos)))
@@ -723,7 +725,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 
 
 # ============ demo: videos that need no download ============
-# Sixteen classes, appearance x motion: who knows only one of the two is right for one clip in four.
+# Sixteen classes, appearance x motion: who knows one of the two is right one time in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES = 80, 24                # pixels a side, frames a video
 DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
@@ -811,7 +813,7 @@ def write_demo(directory, seed=0):
 
     DIR/davis has the first DEMO_MASKED of val a class once more, with exact masks, laid out as DAVIS.
     What DIR has of the same seed already stays; a folder with anything else in it is a ValueError."""
-    # Written first, empty: whose folder it is. Two processes may fill it at once.
+    # Written first, empty: whose folder it is. Two processes can fill it.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
@@ -821,6 +823,8 @@ def write_demo(directory, seed=0):
             for job in itertools.product(DEMO_TEXTURES, DEMO_MOTIONS, range(count))]
     with ThreadPool(CORES) as pool:  # NumPy and the encoder leave Python's lock
         pool.starmap(partial(write_demo_clip, directory, seed), jobs)
+    for part in Path(directory).rglob("*.part"):
+        part.unlink(missing_ok=True)  # of a process that was killed
 
 
 # ============ bench, command line ============
@@ -855,7 +859,7 @@ def main():
     options = vars(parser.parse_args())
     try:
         if lost := options.pop("function")(**options):
-            sys.exit(f"data.py: {lost} unreadable videos are left out, see unreadable.txt there")
+            sys.exit(f"data.py: {lost} unreadable videos left out, see unreadable.txt there")
     except ValueError as error:
         parser.error(str(error))
     except (VideoError, OSError, RuntimeError) as error:
