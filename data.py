@@ -204,11 +204,12 @@ class Video(contextlib.AbstractContextManager):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
         views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop: (x, y,
         width, height) of the displayed picture, or a function of its width and height, or None: centred."""
-        if self.cut and max(max(numbers) for numbers, _ in views) >= self.frames:
+        last = self.frames - 1  # repeated beyond
+        if self.cut and max(max(numbers) for numbers, _ in views) > last:
             raise VideoError(self.cut)
-        views = [(np.minimum(numbers, self.frames - 1), np.empty((3, len(numbers), size, size), np.uint8),
+        views = [([min(n, last) for n in numbers], np.empty((3, len(numbers), size, size), np.uint8),
                   FilterGraph(partial(crop_filters, crop=crop, size=size))) for numbers, crop in views]
-        wanted = sorted({int(n) for numbers, *_ in views for n in numbers})
+        wanted = sorted({n for numbers, *_ in views for n in numbers})
         # From the beginning if need be: a keyframe may be no good place to start.
         for decode in (self._decode_near, self._decode_counting)[0 if self.timed else 1:]:
             missing = set(wanted)
@@ -217,8 +218,8 @@ class Video(contextlib.AbstractContextManager):
                     for n, frame in decode(wanted):
                         missing.discard(n)
                         for numbers, clip, graph in views:
-                            if n in numbers:
-                                clip[:, numbers == n] = graph.rgb(frame)[:, None]
+                            if places := [t for t, number in enumerate(numbers) if number == n]:
+                                clip[:, places] = graph.rgb(frame)[:, None]
                 if not missing:
                     return [clip for _, clip, _ in views]
                 failure = "it does not come out of the decoder"
@@ -364,7 +365,7 @@ class Videos:
 
 
 def find_videos(source, classes=None):
-    """The Videos of a folder or a list file. Raises ValueError, in one line, where there are none.
+    """The Videos of a folder or a list file. Raises ValueError where there are none.
 
     A folder is searched to any depth for files with a video's suffix; hidden ones are skipped. Its class
     folders become labels 0, 1, ... by name, or those of `classes` (another split's); without them, or with
@@ -413,7 +414,7 @@ class Clips(Dataset):
         mask   bool [R, N], by mask(generator=...), a picklable callable, if given
         label  int, -1 for none
         index  int, number of the video read; -1: none (evaluation only)
-        bad    list of (path, reason): files that could not be read on the way
+        bad    list of (path, reason): files that could not be read
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
     `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global generator.
@@ -691,7 +692,7 @@ def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
     part = Path(f"{path}.{os.getpid()}.part")
     part.write_bytes(content)
-    with contextlib.suppress(FileNotFoundError):  # another process has finished, and tidied up
+    with contextlib.suppress(FileNotFoundError):  # another has finished, and tidied up
         part.replace(path)
 
 
@@ -777,7 +778,7 @@ def demo_clip(rng, texture, motion):
     dark, light = shades((0.1, 0.4), (0.75, 1))
     picture = over(picture, body, over(dark, np.clip(1.2 * field + 0.5, 0, 1), light))
 
-    # Light that changes, and grain.
+    # Changing light, and grain.
     light = draw(0.75, 1.1) * (1 + draw(0, 0.12) * np.sin(draw(0.1, 0.5) * t + draw(0, 6.3)))
     picture = picture * (255 * light) + draw(2, 6) * rng.standard_normal(shape, dtype=np.float32)
     masks = np.select([body > 0.5, disc > 0.5], [1, 2]).astype(np.uint8)  # [T, H, W]
@@ -837,7 +838,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
     for count, _ in enumerate(items, 1):
         if time.monotonic() > end:
             break
-    cpu = (time.process_time() - cpu) / count  # seconds a clip
+    cpu = (time.process_time() - cpu) / count
     print(f"{len(clips)} videos, {count} clips read: {1 / cpu:.1f} clips per CPU-second; "
           f"{rate:g} a second take {rate * cpu:.1f} cores")
 
