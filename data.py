@@ -1,6 +1,6 @@
 """Videos for SIGMA: exact frames out of real files, sampled as in the paper, and tools for a data set.
 
-    python data.py prepare SRC DST   re-encodes a data set so that a random clip is quick to reach
+    python data.py prepare SRC DST   re-encodes a data set for quick access to any clip
     python data.py bench PATH        what a clip costs, and the cores for so many a second
     python data.py demo DIR          writes the demo's videos
 
@@ -61,7 +61,7 @@ class WorkerError(RuntimeError):
 
 @contextlib.contextmanager
 def file_errors():
-    """Whatever libav and the file system raise about a file, as VideoError."""
+    """Whatever libav and the system raise about a file, as VideoError."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError) as error:
@@ -165,7 +165,7 @@ class Video(contextlib.AbstractContextManager):
             raise error
 
     def _decode_near(self, numbers):
-        """Yields (n, frame) for ascending numbers, each reached from the last keyframe before it."""
+        """Yields (n, frame) for ascending numbers, each from the last keyframe before it."""
         runs = []  # [first, end] of packets; what lies between runs is skipped
         for n in numbers:
             position = self.shown[n]  # in an open group it is shown before the keyframe that it follows
@@ -418,9 +418,9 @@ class Clips(Dataset):
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
     `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global generator.
-    An unreadable file is replaced by another draw; ATTEMPTS of them in a row are a VideoError.
+    An unreadable file is replaced by another draw; ATTEMPTS in a row are a VideoError.
     Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre); zeros for an
-    unreadable file. stride 0 spreads the frames over the whole video. An index beyond the videos is another
+    unreadable file. stride 0 spreads frames over the whole video. An index beyond the videos is another
     draw of index % len."""
     def __init__(self, videos, frames=16, stride=4, size=224, seed=0, train=True, repeats=1, views=(1, 1),
                  mask=None, draw_crop=draw_multi_scale, transform=None):
@@ -494,7 +494,7 @@ def normalize(video, dtype=torch.float32):
 
 # ============ loader: the order ============
 class EpochSampler:
-    """Batches of (epoch, index) for one rank, from step `start` to before `stop` (None: without end).
+    """Batches of (epoch, index) of a rank, steps `start` to before `stop` (None: no end). Raises ValueError.
 
     batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by (seed,
     epoch), cut into global batches, these into ranks. What does not fill the last batch is left out; videos
@@ -763,7 +763,7 @@ def demo_clip(rng, texture, motion):
     picture = over(picture, disc, shades((0.3, 1), (0, 0))[0])
 
     # Object: a disc to a rounded square. Within a tube it moves by about a quarter of its texture's period
-    # when it drifts, by half of it when it shakes.
+    # when it drifts, by half when it shakes.
     period, speed = draw(9.2, 10.8), draw(1.1, 1.45)
     shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}[motion]
     u, v = x - draw(-8, 8) - shift, y - draw(-8, 8) - shift
@@ -830,7 +830,7 @@ def write_demo(directory, seed=0):
 
 # ============ bench, command line ============
 def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
-    """Reads training clips in this process; prints what one costs, and the cores for `rate` a second."""
+    """Reads training clips in this process; prints their cost, and the cores for `rate` a second."""
     clips = Clips(find_videos(source), frames, stride, size)
     items = (clips[key] for key, in EpochSampler(len(clips), 1))
     next(items)  # libraries and disk warm up
