@@ -1,7 +1,7 @@
 """Videos for SIGMA: exact frames out of real files, sampled as in the paper, and tools for a data set.
 
     python data.py prepare SRC DST   re-encodes a data set for quick access to any clip
-    python data.py bench PATH        what a clip costs, and the cores for so many a second
+    python data.py bench PATH        what a clip costs
     python data.py demo DIR          writes the demo's videos
 
 From a file to a batch: video, clip, data set, loader. Frame n is the n-th of a full decode. Every clip, crop
@@ -36,17 +36,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-av.logging.set_level(av.logging.PANIC)  # libav writes a line per damaged frame; VideoError says it once
+av.logging.set_level(av.logging.PANIC)  # what libav says per frame, VideoError says once
 
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
-# What a file may be: no playlist (concat, hls, dash), which opens other files
+# No playlists (concat, hls, dash), which open other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192   # of a frame: a damaged header can ask for any memory
+MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any memory
 MAX_KEPT_BYTES = 64 << 20  # larger files are read twice, not kept in memory
-READ_SECONDS = 120         # after which a decoder is taken to hang
-IDLE_SECONDS = 60          # without a batch while no worker reads: an error
-WATCH_SECONDS = 1          # how often the loader looks after its workers
-ATTEMPTS = 20              # draws of a video, starts of workers, that may fail in a row
+READ_SECONDS = 120  # after which a decoder is taken to hang
+IDLE_SECONDS = 60  # without a batch while no worker reads: an error
+WATCH_SECONDS = 1  # how often the loader looks after its workers
+ATTEMPTS = 20  # draws of a video, starts of workers, that may fail in a row
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -391,7 +391,8 @@ def find_videos(source, classes=None):
 def find_in_folder(source, classes):
     names, folders, errors = [], [], []
     for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
-        inside[:] = sorted(name for name in inside if name[0] != ".")
+        inside[:] = sorted(name for name in inside if name[0] != "." and not  # nor in circles
+                           Path(folder).resolve().is_relative_to(Path(folder, name).resolve()))
         folders = folders or list(inside)  # those at the top
         names += [os.path.relpath(os.path.join(folder, name), source) for name in sorted(files)
                   if name[0] != "." and name.lower().endswith(SUFFIXES)]
@@ -631,7 +632,7 @@ def judge(error, workers, board, since):
 
 
 # ============ prepare: re-encoding for quick random access ============
-# Quick to enter anywhere: short groups; B-frames that nothing depends on, and so are dropped undecoded; no
+# Quick to enter anywhere: short groups; B-frames that nothing depends on, so dropped undecoded; no
 # arithmetic coding, no deblocking.
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:cabac=0:"
         "no-deblock=1:log-level=-1"}
@@ -704,7 +705,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     videos, folder = find_videos(source), os.path.isdir(source)
     old, new = Path(source).resolve(), Path(directory).resolve()
     if new == old.parent or old in (new, *new.parents):
-        raise ValueError(f"{directory} must be another folder, outside of {source}")
+        raise ValueError(f"{directory} must lie outside of {source}")
     if min(gop, short_side, workers) < 1:
         raise ValueError("--gop, --short-side and --workers must be at least 1")
     paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
@@ -718,7 +719,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     items = load(work, ([(0, i)] for i in range(len(videos))), workers, collate=list)
     reasons = dict(item for item, in tqdm(items, total=len(videos)))
     lost = [f"{paths[i]}: {reason}\n" for i, reason in reasons.items() if reason]
-    kept = [f"{names[i]} {label}\n" for i, label in enumerate(videos.labels.tolist()) if not reasons[i]]
+    kept = [names[i] + f" {label}" * (label >= 0) + "\n" for i, label in enumerate(videos.labels.tolist())
+            if not reasons[i]]
     save(Path(directory, "unreadable.txt"), os.fsencode("".join(lost)))
     if not folder:
         save(Path(directory, Path(source).name), os.fsencode("".join(kept)))
@@ -728,7 +730,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 # ============ demo: videos that need no download ============
 # Sixteen classes, appearance x motion: who knows one of the two is right one time in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
-DEMO_SIZE, DEMO_FRAMES = 80, 24                # pixels a side, frames a video
+DEMO_SIZE, DEMO_FRAMES = 80, 24  # pixels a side, frames a video
 DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
 # mbtree would differ from run to run
 DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-params": "mbtree=0"}
@@ -844,7 +846,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
 
 
 def main():
-    """A command for each function, a flag for each parameter that has a default."""
+    """A command for each function, a flag for each parameter with a default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
     for command, function in {"prepare": prepare, "bench": bench, "demo": write_demo}.items():
@@ -860,7 +862,7 @@ def main():
     options = vars(parser.parse_args())
     try:
         if lost := options.pop("function")(**options):
-            sys.exit(f"data.py: {lost} unreadable videos left out, see unreadable.txt there")
+            sys.exit(f"data.py: {lost} unreadable videos left out: see unreadable.txt")
     except ValueError as error:
         parser.error(str(error))
     except (VideoError, OSError, RuntimeError) as error:

@@ -836,6 +836,7 @@ def test_folders(tmp_path):
     for name in ("empty", "dog/dir.mp4", "nothing"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "cat" / "deep")
+    (tmp_path / "cat" / "circle").symlink_to(tmp_path)
     names = ["cat/ä ö.webm", "cat/deep/a.MKV", "dog/b.mp4", "linked/a.MKV"]
     assert video_found(tmp_path) == (names, [0, 0, 1, 3], ["cat", "dog", "empty", "linked", "nothing"])
     (tmp_path / "linked").unlink()
@@ -1144,11 +1145,13 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
     for name in ("vfr.mkv", "h264.avi"):
         (tmp_path / name).symlink_to(video_file(name))
     sources = [tmp_path / name for name in ("vfr.mkv", "h264.avi", "vfr.mp4", "damaged.mov")]
-    (tmp_path / "train.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(sources)))
+    lines = [f"{path}{label}\n" for path, label in zip(sources, (",0", ",1", "", ""))]
+    (tmp_path / "train.csv").write_text("".join(lines))
     new, flags = tmp_path / "new", ("--short-side", 64, "--workers", 1)
     assert "1 unreadable" in video_command("prepare", tmp_path / "train.csv", new, *flags)[0]
     videos = data.find_videos(new / "train.csv")
-    assert videos.labels.tolist() == [0, 1, 2] and len(list(new.rglob("*.m*"))) == 3  # no name twice
+    assert videos.labels.tolist() == [0, 1, -1] and "-1" not in (new / "train.csv").read_text()
+    assert len(list(new.rglob("*.m*"))) == 3     # no name twice
     for i, source in enumerate(sources[:3]):
         old, new = video_decode(source), video_decode(videos.path(i))
         assert len(old) == len(new) and min(new[0].width, new[0].height) == 64
