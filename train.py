@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import ChainMap
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 # Before PyTorch's threads start: they would spin while they wait, on the loader's cores.
@@ -77,7 +77,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
     evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # its step
     bad, trouble, saved = {}, None, -math.inf  # path -> reason; why to stop; time of the last checkpoint
     logged, since, waited = step, None, 0.0  # the last line, and the time from there on
-    # AdamW's count of steps (for each parameter the same), and the last that was not left out
+    # AdamW's count of steps, the same for all parameters, and the last not left out
     taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step
     for number in (signal.SIGTERM, signal.SIGINT):  # heard after the step, or an evaluation's batch
         signal.signal(number, lambda signum, frame: setattr(args, "stop", signum))
@@ -142,8 +142,6 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
             if step - moved >= (50 if args.precision == "fp16" else 5):  # fp16 first halves its scale
                 raise Stop(f"{step - moved} steps in a row are not finite; checkpoint.pt is good: "
                            "lower --lr, or use bf16", code=1)
-            if len(bad) > args.videos / 2:
-                trouble = "over half of the videos are unreadable, as {}: {}".format(*bad.popitem())
             bar.update(step - logged)
             logged, since, waited = step, None, 0.0
 
@@ -280,7 +278,8 @@ class Log:
             with suppress(ValueError, TypeError, AttributeError):  # another program's
                 records = [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
                 self.records = [r for r in records if step and r.get("step", r.get("at_step")) <= step]
-            if not self.records:  # of no use, but kept
+            if not self.records:
+                say(f"{self.path} is of no use here, and kept as log-….jsonl")
                 os.replace(self.path, self.path.with_name(f"log-{int(time.time())}.jsonl"))
         self.text = "".join(json.dumps(record) + "\n" for record in self.records)
         self.save = partial(replace_file, self.path, lambda file: file.write(self.text.encode()))
@@ -344,7 +343,8 @@ def replace_file(path, write):
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         say(f"warning: {path} could not be written ({error!r:.150}); the old one stays")
-        part.unlink(missing_ok=True)  # room for others
+        with suppress(OSError):
+            part.unlink()  # room for others
         return False
 
 
@@ -357,7 +357,7 @@ class Stop(Exception):
 
 
 def rank(kind="RANK"):
-    """This process's number among torchrun's; LOCAL_RANK: on this machine."""
+    """This process's number; LOCAL_RANK: on this machine."""
     return int(os.environ.get(kind, 0))
 
 
@@ -374,7 +374,7 @@ def over_ranks(value, op="MAX"):
 
 @contextmanager
 def agreed():
-    """Around what reads users' words and files: trouble in one process ends all."""
+    """Around what reads users' words and files: trouble in one ends all."""
     trouble = None
     try:
         yield
@@ -391,14 +391,15 @@ def say(message):
         sys.stdout.flush()
 
 
-@cache  # that is, once
-def say_unreadable(path, reason):
-    tqdm.write(f"unreadable, left out: {path}: {reason}")
+def say_unreadable(path, reason, said=set()):
+    if path not in said:  # the next reason may differ
+        said.add(path)
+        tqdm.write(f"unreadable: {path}: {reason}")
 
 
 def start_processes(args):
     """Joins torchrun's process group, picks device and precision:
-    all that is the same for every mode."""
+    what all modes share."""
     args.cuda, args.stop = torch.cuda.is_available(), 0  # stop: the signal that came, in training
     args.device, auto, here = torch.device("cpu"), "fp32", world("LOCAL_WORLD_SIZE")
     if args.cuda:
@@ -414,7 +415,7 @@ def start_processes(args):
         with suppress(OSError, AttributeError, TypeError):  # no glibc
             for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
                 ctypes.CDLL(None).mallopt(option, value)
-    args.precision = auto if args.precision == "auto" else args.precision
+    args.precision = args.precision.replace("auto", auto)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     args.autocast = partial(torch.autocast, args.device.type, dtype, enabled=dtype != torch.float32)
     if args.workers is None:
@@ -470,7 +471,7 @@ def on_device(args, loader):
 
 # ============ each video once, over all ranks ============
 def open_data(args, labels=False):
-    """The videos of --data and --val; for none given None, unless both need labels."""
+    """The videos of --data and of --val (None if there is none, but both where labels are needed)."""
     with agreed():
         train = data.find_videos(args.data)
         val = data.find_videos(args.val, train.classes) if args.val else None  # one number for a class
@@ -518,7 +519,7 @@ def each_once(args, model, dataset, compute, batch_size, chosen=None):
 
 def evenly(total, count):
     """At most `count` numbers below `total`, evenly spread."""
-    return list(range(0, total, -(-total // count)))
+    return torch.linspace(0, total - 1, min(count, total)).long().unique().tolist()
 
 
 def features(args, model, videos, limit=None):
@@ -559,7 +560,7 @@ def tint(video, labels):
 
 def save_pages(path, *pages, tile=96, margin=120):
     """Pages of rows, each a caption and uint8 pictures [n, 3, h, w] -> a PNG; of many pages a GIF."""
-    from torchvision.utils import make_grid  # a second
+    from torchvision.utils import make_grid  # takes a second
     sheets = []
     for rows in pages:
         tiles = [F.interpolate(pictures, (tile, tile), mode="nearest-exact") for _, pictures in rows]
@@ -595,7 +596,7 @@ def preview(args, model, clips):
 def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
     """prototypes.png: for the prototypes nearest to most tubes of up to 64 clips,
     such a tube of each of the clips that have most, in full light,
-    with its surroundings: `context` patches a side."""
+    with its surroundings, `context` patches a side. Few clips fill a row by turns."""
     if args.loss != "sigma":
         return
 
@@ -642,8 +643,8 @@ def plot(records, path):
 
 
 # ============ weights ============
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}/{0}.pth"
-DINO_FILE = {"vits16": "dino_deitsmall16_pretrain", "vitb16": "dino_vitbase16_pretrain"}
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
+DINO_NAME = {"vits16": "deitsmall16", "vitb16": "vitbase16"}
 
 
 def read_weights(path):
@@ -693,7 +694,7 @@ def load_weights(module, state, path, free=()):
 
 def load_teacher(args, model):
     """DINO's weights: a machine's first process downloads them, then the others find them."""
-    url, path = DINO_URL.format(DINO_FILE[args.teacher]), args.dino_weights
+    url, path = DINO_URL.format(DINO_NAME[args.teacher]), args.dino_weights
     for later in (False, True) if args.target == "dino" else ():
         with agreed():
             try:
@@ -713,7 +714,8 @@ def open_model(args):
         # A fine-tuned VideoMAE lacks these, and features do without.
         free = ("decoder.", "encoder_to_decoder.", "mask_token", "encoder.norm.")
         load_weights(model, args.weights, args.checkpoint, free if "fc_norm.weight" in args.weights else ())
-    say(f"{args.checkpoint}: {args.size}, target {args.target}; stride {args.stride}; {args.about}")
+    say(f"{args.checkpoint}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
+        f"pixels, stride {args.stride}")
     return model.to(args.device).requires_grad_(False), log
 
 
@@ -732,7 +734,7 @@ def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3)
 
     Where that is silent: features are standardised, the layer starts at zero,
     lr falls as a cosine, no weight decays,
-    batches are of 64, with many videos of up to 1024."""
+    batches are of 64, up to 1024 where there are many videos."""
     batch_size, classes = min(max(64, len(bank) // 200), 1024), int(max(bank_labels.max(), labels.max())) + 1
     std, mean = torch.std_mean(bank, dim=0, correction=0)  # [D]
     bank, queries = ((rows - mean) / (std + 1e-6) for rows in (bank, queries))
@@ -780,7 +782,7 @@ def augmentation(flip):
     As timm's "rand-m7-n4": each of four is applied half of the time, magnitude 7 is of 10;
     but without its noise on the magnitude,
     and erasing to ImageNet's mean."""
-    from torchvision.transforms import v2  # two seconds
+    from torchvision.transforms import v2  # takes two seconds
     mean = [round(255 * m) for m in data.IMAGENET_MEAN]
     one = v2.RandAugment(1, 7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
     erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean)
@@ -794,7 +796,7 @@ def finetune(args):
     from torchvision.transforms import v2
     train, val = open_data(args, labels=True)
     # --val may have classes without a training video.
-    classes, new = max(int(train.labels.max()) + 1, len(train.classes or ())), ["all"]
+    classes = max(int(train.labels.max()) + 1, len(train.classes or ()))
     with agreed():
         if val.labels.max() >= classes:
             raise ValueError(f"--val has label {int(val.labels.max())}, --data none above {classes - 1}")
@@ -802,15 +804,14 @@ def finetune(args):
         model = Classifier(classes, args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
         if args.weights:
-            new = load_weights(model, args.weights, args.checkpoint, free=("fc_norm.", "head."))
+            load_weights(model, args.weights, args.checkpoint, free=("fc_norm.", "head."))
     model.to(args.device)
     train_set = open_clips(args, train, True, args.repeats, draw_crop=data.draw_resized,
                            transform=augmentation(flip=args.stride > 0 and not args.demo))
     test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: all of the picture
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=classes)
                            for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
-    say(f"fine-tuning {args.size} from {args.finetune} (new: {', '.join(new)}): {classes} classes, "
-        f"{args.videos} videos; {args.about}")
+    say(f"{args.size} from {args.finetune}: {classes} classes, {args.videos} videos; {args.about}")
 
     def objective(model, video, batch, step):
         # Mixing and drop path repeat in a resumed run.
@@ -855,7 +856,7 @@ def segment(args):
 
     def cluster(video, batch):
         tokens, truth = model.features(video)[0].float(), batch.get("truth", torch.zeros(1))  # [N, D]
-        objects, scores = len(truth[truth < 255].unique()), [math.nan, math.nan]
+        objects, scores = len(truth[truth >= 0].unique()), [math.nan, math.nan]
         with torch.autocast(args.device.type, enabled=False):  # in float32
             few, many = (kmeans(tokens, k, args.seed).cpu().view(model.grid)
                          for k in (objects if objects > 1 else 4, 10))
@@ -868,8 +869,7 @@ def segment(args):
     rows, times = [], evenly(args.frames, 8)
     for n in evenly(len(index), 3):
         item = clips[0, int(index[n])]
-        first, second = (f"clusters\nmIoU {score:.0f}%" if score > 0 else "clusters" for score in scores[n])
-        labels = {"ground truth": item.get("truth"), first: few[n], f"10 {second}": many[n]}
+        labels = {"ground truth": item.get("truth"), "clusters": few[n], "10 clusters": many[n]}
         rows += [("video", item["video"]), *((name, tint(item["video"], of_tubes[None]))
                                              for name, of_tubes in labels.items() if of_tubes is not None)]
     if rank() == 0:
@@ -889,7 +889,7 @@ def segment(args):
 class Scenes(torch.utils.data.Dataset):
     """Clips of DAVIS's folders, squeezed to a square: items as those of data.Clips, one view each,
     and `truth`, the masks at their own size: int64 [T, H, W],
-    objects 0, 1, …, and 255, which does not count.
+    objects 0, 1, …, and -1 (theirs is 255), which does not count.
 
     A folder below JPEGImages is a video, its masks lie below Annotations,
     frames without one are skipped. Of a full DAVIS the validation videos, as the paper."""
@@ -920,26 +920,28 @@ class Scenes(torch.utils.data.Dataset):
             if truth.ndim != 3:
                 raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey")
         objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
-        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth < 255, 255),
+        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth != 255, -1),
                 "index": key[1], "label": -1, "bad": []}
 
 
 def kmeans(x, k, seed=0, restarts=5, iterations=50):
     """x [N, D] -> cluster numbers [N]: the best of R k-means++ starts, the same for a seed."""
-    k, generator = min(k, len(x)), data.seeded(seed)
-    x = (x - x.mean(dim=0)).expand(restarts, -1, -1)  # [R, N, D]; centred: less rounding
+    x, k, generator = x - x.mean(dim=0), min(k, len(x)), data.seeded(seed)  # centred: less rounding
+
+    def distance():
+        return torch.cdist(x, centres.flatten(0, 1)).unflatten(1, (restarts, -1))  # [N, R, k]
     # The next centre is drawn by squared distance to the nearest so far.
-    centres = x[0, torch.randint(x.shape[1], (restarts, 1), generator=generator)]  # [R, 1, D]
+    centres = x[torch.randint(len(x), (restarts, 1), generator=generator)]  # [R, 1, D]
     while centres.shape[1] < k:
-        weight = torch.cdist(x, centres).amin(dim=2).square().cpu() + 1e-12  # [R, N]
-        centres = torch.cat([centres, x[0, torch.multinomial(weight, 1, generator=generator)]], dim=1)
+        weight = distance().amin(dim=2).square().T.cpu() + 1e-12  # [R, N]
+        centres = torch.cat([centres, x[torch.multinomial(weight, 1, generator=generator)]], dim=1)
     for _ in range(iterations):
-        cost, cluster = torch.cdist(x, centres).min(dim=2)  # [R, N]
+        cost, cluster = distance().min(dim=2)  # [N, R]
         # Means by a product, which repeats exactly; index_add on a GPU does not.
-        member = F.one_hot(cluster, k).to(x.dtype)  # [R, N, k]
-        size = member.sum(dim=1)[:, :, None]  # 0: the centre stays
-        centres = torch.where(size > 0, member.mT @ x / size, centres)
-    return cluster[cost.square().sum(dim=1).argmin()]  # the start of least cost
+        member = F.one_hot(cluster, k).to(x.dtype).flatten(1)  # [N, R * k]
+        size = member.sum(dim=0).view(restarts, k, 1)  # 0: the centre stays
+        centres = torch.where(size > 0, (member.T @ x).view(restarts, k, -1) / size, centres)
+    return cluster[:, cost.square().sum(dim=0).argmin()]  # the start of least cost
 
 
 def overlap(truth, clusters, k):
@@ -947,7 +949,7 @@ def overlap(truth, clusters, k):
     pixels that an object and a cluster share, [objects, k]."""
     # Clusters at the masks' size, not masks at the tubes': no pixel of truth is lost.
     pixels = F.interpolate(clusters[None, None].float(), truth.shape, mode="nearest-exact")[0, 0].long()
-    counted = truth < 255
+    counted = truth >= 0
     objects = truth[counted]
     return torch.bincount(objects * k + pixels[counted], minlength=int(objects.max() + 1) * k).view(-1, k)
 
@@ -1048,7 +1050,7 @@ FLAGS = {
     "val": (str, "labelled videos: k-NN in pretraining, tests of --probe and --finetune"),
     "out": (str, "folder for log, checkpoint, pictures; a run in it is resumed; else runs/…"),
     "probe": (str, "instead, k-NN and linear probe of a checkpoint, from --data to --val"),
-    "finetune": (str, "instead, train a checkpoint, or none, on labels of --data, test on --val"),
+    "finetune": (str, "instead, train a checkpoint, or `none`, on labels of --data, test on --val"),
     "segment": (str, "instead, cluster tubes by a checkpoint; mIoU on DAVIS's folders"),
     "bench": (switch, "instead, time such steps and their parts; writes nothing"),
     "size": (list(SIZES), "base", "tiny", "of the model"),
@@ -1071,7 +1073,7 @@ FLAGS = {
     "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
     "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
     "min-lr": (not_negative, 1e-5, 4e-4, "where the cosine ends, per 256 clips"),
-    "eval-every": (whole, 50, 5, "epochs between k-NN (with --val) and pictures; 0: none"),
+    "eval-every": (whole, 50, 5, "epochs between k-NN (with --val) and pictures; 0: first, last"),
     "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on GPUs, fp32 on CPUs"),
     "compile": (switch, False, "torch.compile the blocks and the loss"),
     "recompute": (switch, False, "activation checkpointing: less memory for a third more time"),
