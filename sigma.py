@@ -456,13 +456,14 @@ class SIGMA(nn.Module):
         return self.encoder(patchify(video, self.patch), everything)
 
     @torch.no_grad()
-    def assign(self, video):
-        """The prototype nearest to φ's feature, for every tube of the unmasked clip: int64 [B, S]."""
+    def assign(self, video, scores=False):
+        """φ's nearest prototype for every tube of the unmasked clip, int64 [B, S], or x̃ of all [B, S, K]."""
         if self.loss != "sigma":
             raise ValueError("a model trained with loss l2 has no prototypes to assign to")
         everything = torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
         x_phi = self.forward_target(video, patchify(video, self.patch), everything).float()
-        return (F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T).argmax(dim=2)
+        x = F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T
+        return x if scores else x.argmax(dim=2)
 
 # ============ plumbing: settings that cannot be are a ValueError; reading checkpoints ============
 def check_settings(size, target, loss, num_prototypes, eps, iterations, temperature, assignment, teacher,
@@ -484,8 +485,7 @@ def check_settings(size, target, loss, num_prototypes, eps, iterations, temperat
 def load_checkpoint(path):
     """A checkpoint of this project or the authors -> dict on the CPU; nothing in the file is run.
 
-    Raises ValueError, in one line, for a file that carries code, is torn or is no checkpoint; else OSError.
-    """
+    Raises ValueError, in one line, for a file that carries code, is torn or no checkpoint; else OSError."""
     import argparse  # the authors' files hold a Namespace, which is plain data
 
     # Registered for good: the context manager would break loads in other threads.

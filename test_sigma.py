@@ -335,7 +335,8 @@ def test_assign_and_features():
     chosen, tokens = model.assign(video), model.features(video)
     assert chosen.shape == (4, 32) and chosen.dtype == torch.int64 and tokens.shape == (4, 32, 128)
     x = F.normalize(model.head(sigma.normalize_tubes(sigma.patchify(video, 8))), dim=-1)
-    assert torch.equal(chosen, (x @ F.normalize(model.prototypes, dim=1).T).argmax(dim=-1))
+    x = x @ F.normalize(model.prototypes, dim=1).T
+    assert torch.equal(chosen, x.argmax(dim=-1)) and torch.equal(model.assign(video, scores=True), x)
     assert (model.frames, model.image_size) == (4, 32)
     with pytest.raises(ValueError, match="no prototypes"):
         tiny(loss="l2").assign(video)

@@ -392,7 +392,7 @@ def say(message):
 
 
 def say_unreadable(path, reason, said=set()):
-    if path not in said:  # the next reason may differ
+    if path not in said:  # reasons differ
         said.add(path)
         tqdm.write(f"unreadable: {path}: {reason}")
 
@@ -595,24 +595,25 @@ def preview(args, model, clips):
 
 def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
     """prototypes.png: for the prototypes nearest to most tubes of up to 64 clips,
-    such a tube of each of the clips that have most, in full light,
-    with its surroundings, `context` patches a side. Few clips fill a row by turns."""
+    the tubes of different clips that score highest, in full light,
+    among `context` patches a side."""
     if args.loss != "sigma":
         return
 
-    def look(video, batch):
-        return batch["video"][:, :, ::TUBELET], model.assign(video)
-    found = each_once(args, model, clips, look, 1, evenly(len(clips), 64))
+    def score(video, batch):
+        scores = model.assign(video, scores=True).float()  # x̃ [1, N, K]
+        used = torch.bincount(scores[0].argmax(dim=1), minlength=args.prototypes)
+        # Of each clip its best tube alone, or a still one could fill a row.
+        return batch["video"][:, :, ::TUBELET], *scores.max(dim=1), used[None]
+    found = each_once(args, model, clips, score, 1, evenly(len(clips), 64))
     if rank():
         return
-    videos, nearest, _ = (part.cpu() for part in found)  # [n, 3, t, S, S], [n, N]
-    used = torch.bincount(nearest.flatten())
-    p, side, sheet = model.patch, min(context, model.grid[1]), []
+    videos, best, tubes, used, _ = (part.cpu() for part in found)  # all but videos: [n, K]
+    used, p, side, sheet = used.sum(dim=0), model.patch, min(context, model.grid[1]), []
     for k in used.argsort(descending=True)[:min(rows, int((used > 0).sum()))].tolist():
-        cut, held = [], (nearest == k).sum(dim=1)  # its tubes in every clip [n]
-        for n in held.argsort(descending=True)[torch.arange(columns) % held.count_nonzero()]:
-            tubes = (nearest[n] == k).nonzero()
-            t, y, x = map(int, np.unravel_index(tubes[len(tubes) // 2].item(), model.grid))
+        cut = []
+        for n in best[:, k].argsort(descending=True)[:columns].tolist():
+            t, y, x = map(int, np.unravel_index(tubes[n, k].item(), model.grid))
             top, left = (min(max(i - side // 2, 0), model.grid[1] - side) for i in (y, x))  # in patches
             light = torch.full((side, side), 0.5)
             light[y - top, x - left] = 1
