@@ -210,7 +210,7 @@ def pretrain(args):
 
 
 def make_model(args):
-    """SIGMA as the flags say, and its tube_mask(batch). Raises ValueError."""
+    """SIGMA as flags say, and its tube_mask(batch). Raises ValueError."""
     names = "assignment", "teacher", "frames", "image_size", "recompute"
     flags = {name: getattr(args, name) for name in names}
     model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
@@ -392,7 +392,7 @@ def say(message):
 
 
 def say_unreadable(path, reason, said=set()):
-    if path not in said:  # reasons differ
+    if path not in said:  # once, whatever the reason
         said.add(path)
         tqdm.write(f"unreadable: {path}: {reason}")
 
@@ -463,7 +463,7 @@ def on_device(args, loader):
             yield ahead
         if args.cuda:
             torch.cuda.current_stream().wait_stream(side)
-            batch["video"].record_stream(torch.cuda.current_stream())  # its memory is in use there
+            batch["video"].record_stream(torch.cuda.current_stream())  # it is in use there
         ahead = batch
     if ahead is not None:
         yield ahead
@@ -471,7 +471,7 @@ def on_device(args, loader):
 
 # ============ each video once, over all ranks ============
 def open_data(args, labels=False):
-    """The videos of --data and of --val (None if there is none, but both where labels are needed)."""
+    """The videos of --data and of --val (None if not given; an error where labels are needed)."""
     with agreed():
         train = data.find_videos(args.data)
         val = data.find_videos(args.val, train.classes) if args.val else None  # one number for a class
@@ -654,7 +654,7 @@ def read_weights(path):
     Raises ValueError."""
     content = load_checkpoint(path)
     inside = [content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)]
-    # DDP, torch.compile, larger models prefix names.
+    # DDP, torch.compile and larger models prefix names.
     state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", str(name)): value
              for name, value in (*inside, content)[0].items() if isinstance(value, torch.Tensor)}
     if not any(name.startswith("encoder.") for name in state):  # fine-tuned
@@ -809,7 +809,7 @@ def finetune(args):
     model.to(args.device)
     train_set = open_clips(args, train, True, args.repeats, draw_crop=data.draw_resized,
                            transform=augmentation(flip=args.stride > 0 and not args.demo))
-    test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: all of the picture
+    test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: the whole picture
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=classes)
                            for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
     say(f"{args.size} from {args.finetune}: {classes} classes, {args.videos} videos; {args.about}")
@@ -1069,7 +1069,7 @@ FLAGS = {
     "repeats": (count, 1, "crops from one decoding, where decoding limits"),
     "epochs": (count, 800, 25, "length of the schedule"),
     "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
-    "steps": (count, "stop after so many optimiser steps; of --bench: 5"),
+    "steps": (count, "optimiser steps after which it stops; of --bench: 5"),
     "batch-size": (count, 32, "clips a step, per process"),
     "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
     "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
