@@ -94,7 +94,7 @@ class Video(contextlib.AbstractContextManager):
         self.stream = self.container.streams.best("video")  # the first may be a cover picture
         self.codec = self.stream and self.stream.codec_context
         if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
-            raise VideoError("it has no video stream that FFmpeg can decode")
+            raise VideoError("it has no video that FFmpeg can decode")
         self.codec.thread_count = 1  # the loader's workers are the parallelism
         # explode: complain about damage instead of painting over it
         self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
@@ -266,7 +266,7 @@ def crop_filters(width, height, crop, size):
     crop = crop or square_crop
     x, y, w, h = crop(width, height) if callable(crop) else crop
     if min(x, y, w - 1, h - 1, width - x - w, height - y - h) < 0:
-        raise ValueError(f"the crop {x, y, w, h} is not inside its picture, {width}x{height}")
+        raise ValueError(f"the crop {x, y, w, h} is not inside {width}x{height}")
     scale = f"{size}:{size}:flags=bilinear"  # planar RGB takes half the time of interleaved
     return [("crop", f"{w}:{h}:{x}:{y}:exact=1"), ("scale", scale), ("format", "gbrp")]
 
@@ -376,23 +376,23 @@ def find_videos(source, classes=None):
     if os.path.isdir(source):
         return find_in_folder(source, classes)
     if not os.path.exists(source) or source.lower().endswith(SUFFIXES):
-        raise ValueError(f"{source}: no such folder or list of videos")
+        raise ValueError(f"{source}: is no folder or list of videos")
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # names can be any bytes
         for number, line in enumerate(map(str.strip, file), 1):
             if line and line[0] != "#":
-                path, label = re.fullmatch(r"(.+?)(?:[,\s]+(-?\d{1,6}))?", line).groups("-1")
+                path, label = re.fullmatch(r"(.+?)(?:(?<![,\s])[,\s]+([+-]?\d{1,6}))?", line).groups("-1")
                 if "\0" in line or labels.setdefault(path, int(label)) != int(label):
-                    raise ValueError(f"{source}, line {number}: no text, or another label than before")
-    if not labels:
-        raise ValueError(f"{source}: lists no videos")
+                    raise ValueError(f"{source}, line {number}: no text, or a second label")
+    if len({label < 0 for label in labels.values()}) != 1:
+        raise ValueError(f"{source}: no videos, or labels for some alone")
     return Videos(os.path.dirname(source), list(labels), list(labels.values()))
 
 
 def find_in_folder(source, classes):
     names, folders, errors = [], [], []
     for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
-        inside[:] = sorted(name for name in inside if name[0] != "." and not  # nor in circles
-                           Path(folder).resolve().is_relative_to(Path(folder, name).resolve()))
+        inside[:] = sorted(name for name in inside if name[0] != "." and Path(folder, name).resolve()
+                           not in map(Path.resolve, Path(folder, name).parents))  # nor in circles
         folders = folders or list(inside)  # those at the top
         names += [os.path.relpath(os.path.join(folder, name), source) for name in sorted(files)
                   if name[0] != "." and name.lower().endswith(SUFFIXES)]
@@ -411,8 +411,8 @@ def find_in_folder(source, classes):
 class Clips(Dataset):
     """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
 
-        video  uint8 [R, 3, T, size, size], RGB; `normalize` makes the model's input of it
-        mask   bool [R, N], by mask(generator=...), a picklable callable, if given
+        video  uint8 [R, 3, T, size, size], RGB, for `normalize`
+        mask   bool [R, N], by mask(generator=...), a picklable callable
         label  int, -1 for none
         index  int, number of the video read; -1: none (evaluation only)
         bad    list of (path, reason): files that could not be read
@@ -624,7 +624,7 @@ def judge(error, workers, board, since):
             worker.kill()  # one that hangs hears nothing else
         elif code is not None:
             raise WorkerError(f"a worker has ended (exit code {code}): out of memory, or is {full}") from None
-    if not blamed and "timed out" not in str(error):
+    if not blamed and "DataLoader timed out" not in str(error):
         raise error
     if not blamed and now > since + IDLE_SECONDS and all(video == IDLE for video, _ in board):
         raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker reads: is {full}") from None
@@ -703,13 +703,13 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     Damaged ones are left out (of the new list, too) and listed with reasons in directory/unreadable.txt;
     their number is returned. Run again, it makes what is missing. Raises ValueError."""
     videos, folder = find_videos(source), os.path.isdir(source)
-    old, new = Path(source).resolve(), Path(directory).resolve()
-    if new == old.parent or old in (new, *new.parents):
+    paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
+    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's videos may lie elsewhere
+    old, new = Path(videos.root).resolve(), Path(directory).resolve()
+    if new in (old, Path(top).resolve()) or folder and old in new.parents:
         raise ValueError(f"{directory} must lie outside of {source}")
     if min(gop, short_side, workers) < 1:
         raise ValueError("--gop, --short-side and --workers must be at least 1")
-    paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
-    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's videos may lie elsewhere
     names = [os.path.relpath(path, top) for path in paths]
     bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
     names = [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
@@ -764,7 +764,7 @@ def demo_clip(rng, texture, motion):
     disc = np.clip(draw(6, 10) - distance + 0.5, 0, 1)
     picture = over(picture, disc, shades((0.3, 1), (0, 0))[0])
 
-    # Object: a disc to a rounded square. Within a tube it moves by about a quarter of its texture's period
+    # Object: a disc to a rounded square. Within a tube it moves by a quarter of its texture's period
     # when it drifts, by half when it shakes.
     period, speed = draw(9.2, 10.8), draw(1.1, 1.45)
     shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}[motion]
@@ -815,13 +815,14 @@ def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
     DIR/davis has the first DEMO_MASKED of val a class once more, with exact masks, laid out as DAVIS.
-    What DIR has of the same seed already stays; a folder with anything else in it is a ValueError."""
+    What DIR has of the same seed already stays; another folder is a ValueError."""
     # Written first, empty: whose folder it is. Two processes can fill it.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
         raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
-    mark.touch()
+    if not mark.exists():
+        mark.touch()
     jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
             for job in itertools.product(DEMO_TEXTURES, DEMO_MOTIONS, range(count))]
     with ThreadPool(CORES) as pool:  # NumPy and the encoder leave Python's lock
@@ -841,7 +842,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
         if time.monotonic() > end:
             break
     cpu = (time.process_time() - cpu) / count
-    print(f"{len(clips)} videos, {count} clips read: {1 / cpu:.1f} clips per CPU-second; "
+    print(f"{count} clips read: {1 / cpu:.1f} clips per CPU-second; "
           f"{rate:g} a second take {rate * cpu:.1f} cores")
 
 
@@ -868,7 +869,7 @@ def main():
     except (VideoError, OSError, RuntimeError) as error:
         sys.exit(f"data.py: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; the same command goes on")
+        sys.exit("data.py: interrupted")
 
 
 if __name__ == "__main__":

@@ -837,7 +837,8 @@ def test_folders(tmp_path):
     for name in ("empty", "dog/dir.mp4", "nothing"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "cat" / "deep")
-    (tmp_path / "cat" / "circle").symlink_to(tmp_path)
+    for link, target in (("cat/up", "."), ("empty/across", "nothing"), ("nothing/across", "empty")):
+        (tmp_path / link).symlink_to(tmp_path / target)
     names = ["cat/ä ö.webm", "cat/deep/a.MKV", "dog/b.mp4", "linked/a.MKV"]
     assert video_found(tmp_path) == (names, [0, 0, 1, 3], ["cat", "dog", "empty", "linked", "nothing"])
     (tmp_path / "linked").unlink()
@@ -853,10 +854,11 @@ def test_folders(tmp_path):
 
 def test_200_000_lines_take_seconds(tmp_path):
     lines = [f"videos/some class/video_{i:07d}_000010.mp4 {i % 400}\n" for i in range(200_000)]
-    (tmp_path / "list.txt").write_text("".join(lines))
+    odd = "a" + 20_000 * " " + "b.mp4 7"
+    (tmp_path / "list.txt").write_text("".join([*lines, odd]))
     began = time.process_time()
     found = data.find_videos(tmp_path / "list.txt")
-    assert time.process_time() - began < 4 and len(found) == 200_000
+    assert time.process_time() - began < 4 and len(found) == 200_001 and found.labels[-1] == 7
     assert found.name(123_456) + " 256\n" == lines[123_456] and found.labels[123_456] == 256
 
 
@@ -865,7 +867,8 @@ def test_200_000_lines_take_seconds(tmp_path):
     ("my dog, 1.mp4\nb.webm", {"my dog, 1.mp4": -1, "b.webm": -1}),
     ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\na.mp4 3\r\n", {"a.mp4": 3, "b.mp4": 4}),
     ("my dog, 1.mp4 7\nä/ö 2.mp4, 8", {"my dog, 1.mp4": 7, "ä/ö 2.mp4": 8}),
-    ("a.mp4 1\nb.mp4\nc.mp4 -1", {"a.mp4": 1, "b.mp4": -1, "c.mp4": -1}),
+    ("a.mp4 +1\nb.mp4 2", {"a.mp4": 1, "b.mp4": 2}), ("b.mp4\nc.mp4 -1", {"b.mp4": -1, "c.mp4": -1}),
+    ("path,label\na.mp4,1", "labels for some"), ("a.mp4 1\nb.mp4 2.0", "labels for some"),
     ("it's.mp4 1\n12 5", {"it's.mp4": 1, "12": 5}),
     (b"/abs/a.mp4 1\ncaf\xe9.mp4 2", {"/abs/a.mp4": 1, os.fsdecode(b"caf\xe9.mp4"): 2}),
     ("a.mp4 1\n\na.mp4 2", "line 3: .*label"), ("\0\1\2 binary", "line 1: .*no text"),
@@ -1146,13 +1149,11 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
     for name in ("vfr.mkv", "h264.avi"):
         (tmp_path / name).symlink_to(video_file(name))
     sources = [tmp_path / name for name in ("vfr.mkv", "h264.avi", "vfr.mp4", "damaged.mov")]
-    lines = [f"{path}{label}\n" for path, label in zip(sources, (",0", ",1", "", ""))]
-    (tmp_path / "train.csv").write_text("".join(lines))
+    (tmp_path / "train.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(sources)))
     new, flags = tmp_path / "new", ("--short-side", 64, "--workers", 1)
     assert "1 unreadable" in video_command("prepare", tmp_path / "train.csv", new, *flags)[0]
     videos = data.find_videos(new / "train.csv")
-    assert videos.labels.tolist() == [0, 1, -1] and "-1" not in (new / "train.csv").read_text()
-    assert len(list(new.rglob("*.m*"))) == 3     # no name twice
+    assert videos.labels.tolist() == [0, 1, 2] and len(list(new.rglob("*.m*"))) == 3  # no name twice
     for i, source in enumerate(sources[:3]):
         old, new = video_decode(source), video_decode(videos.path(i))
         assert len(old) == len(new) and min(new[0].width, new[0].height) == 64
@@ -1160,6 +1161,11 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
         assert (a - b).abs().mean() < 12
         assert i or np.allclose([frame.time for frame in old], [frame.time for frame in new], atol=1e-3)
     assert new[0].width > new[0].height
+    path = tmp_path / "new" / "here.csv"         # the new videos would be the old ones
+    path.write_text("../vfr.mp4\n")
+    assert "must lie outside" in video_command("prepare", path, tmp_path)[2]
+    video_command("prepare", path, tmp_path / "again", *flags)
+    assert (tmp_path / "again" / "here.csv").read_text() == "vfr.mp4\n"
 
 
 def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
