@@ -1680,7 +1680,7 @@ NONSENSE = {
     "--mask-ratio 1": "--mask-ratio", "--mask-ratio nan": "--mask-ratio", "--size giant": "invalid choice",
     "--eps 0": "--eps", "--lr inf": "--lr", "--workers -1": "--workers", "--repeats 3": "--repeats",
     "--target pixel --loss sigma": "l2", "--out /dev/null/x": "Not a directory",
-    "--data no/such/folder": "no such folder", "--bench --accumulate 2": "--accumulate",
+    "--data no/such/folder": "no folder or list", "--bench --accumulate 2": "--accumulate",
     "--probe nothing.pt": "No such file", "--probe .": "Is a directory",
     "--probe ours.pt --data videos/red --val videos": "has no labels",
     "--probe ours.pt --data videos": "--val is missing", "--probe ours.pt --size base": "size tiny",
