@@ -42,7 +42,7 @@ SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv 
 # No playlists (concat, hls, dash), which open other files
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
 MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any memory
-MAX_KEPT_BYTES = 64 << 20  # larger files are read twice, not kept in memory
+MAX_KEPT_BYTES = 64 << 20  # larger files are read twice
 READ_SECONDS = 120  # after which a decoder is taken to hang
 IDLE_SECONDS = 60  # without a batch while no worker reads: an error
 WATCH_SECONDS = 1  # how often the loader looks after its workers
@@ -134,6 +134,10 @@ class Video(contextlib.AbstractContextManager):
             {self.container.format.name, self.codec.name} & {"avi", "mpeg4"} or times == sorted(times)))
         if self.timed:
             self.shown.sort(key=self.pts.__getitem__)
+        seconds = (self.container.duration or 0) / av.time_base  # Matroska drops half packets
+        if complete and "matroska" in self.container.format.name and (
+                max(times) * self.stream.time_base < 0.9 * seconds - 1):
+            self.cut = self.cut or "it is cut off"
 
     def decode(self, first=0, end=None, wanted=None):
         """Yields the frames of packets first to before end, in the decoder's order. wanted: times; packets
@@ -278,7 +282,7 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
     width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
     if the file cannot be read, ValueError for senseless arguments."""
     if min(frames, stride, size) < 1 or (start or 0) < 0:
-        raise ValueError("frames, stride and size must be at least 1, start at least 0")
+        raise ValueError("frames, stride or size below 1, or start below 0")
     with Video(path) as video:
         if start is None:
             place = torch.rand((), generator=generator).item()
@@ -418,11 +422,11 @@ class Clips(Dataset):
         bad    list of (path, reason): files that could not be read
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
-    `transform`, a picklable uint8 [T, 3, size, size] -> the same that draws from torch's global generator.
+    `transform`, a picklable uint8 [T, 3, size, size] -> the same, by torch's global generator.
     An unreadable file is replaced by another draw; ATTEMPTS in a row are a VideoError.
-    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre); zeros for an
-    unreadable file. stride 0 spreads frames over the whole video. An index beyond the videos is another
-    draw of index % len."""
+    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre);
+    zeros for an unreadable file.
+    An index beyond the videos is another draw of index % len."""
     def __init__(self, videos, frames=16, stride=4, size=224, seed=0, train=True, repeats=1, views=(1, 1),
                  mask=None, draw_crop=draw_multi_scale, transform=None):
         self.videos, self.frames, self.stride, self.size, self.seed = videos, frames, stride, size, seed
@@ -436,7 +440,7 @@ class Clips(Dataset):
     def __getitem__(self, key):
         video, bad, draw = key[1] % len(self.videos), [], partial(seeded, self.seed, *key)
         for attempt in range(ATTEMPTS if self.train else 1):
-            if attempt:  # by nothing but the key: what failed elsewhere plays no part
+            if attempt:  # by the key alone: what failed elsewhere plays no part
                 video = int(torch.randint(len(self.videos), (), generator=draw(attempt, 0)))
             try:
                 with announced(self, video), Video(self.videos.path(video)) as file:
@@ -521,8 +525,8 @@ class EpochSampler:
 
 
 # ============ loader: the workers ============
-# They come from a server process that has one thread and everything imported: none inherits a lock that a
-# thread of the training process held, and a start takes 0.1 s. (Windows has none: spawn.)
+# They come from a server process with one thread and everything imported: none inherits a held lock,
+# and a start takes 0.1 s. (Windows has none: spawn.)
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PRELOADED = ["torchvision.transforms.v2", "av.filter", "tqdm"]  # these import the others
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
@@ -531,7 +535,7 @@ IDLE = -1.0  # on the board: no video is read
 
 
 def preload_workers():
-    """Starts the fork server and its imports in the background, which take seconds."""
+    """Starts the fork server and its imports in the background."""
     if START_METHOD == "forkserver":
         from multiprocessing import forkserver  # not everywhere
         multiprocessing.set_forkserver_preload(PRELOADED)
@@ -670,7 +674,7 @@ def reencode(source, target, gop, short_side):
 
 
 class Reencoder(Dataset):
-    """Items are (number, why it failed or None). As a data set, the loader deals with decoders that crash."""
+    """Items: (number, why it failed or None). A data set, as the loader deals with crashes."""
     def __init__(self, videos, targets, *options):
         self.videos, self.targets, self.options, self.bad, self.board = videos, targets, options, {}, None
 
@@ -704,7 +708,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     their number is returned. Run again, it makes what is missing. Raises ValueError."""
     videos, folder = find_videos(source), os.path.isdir(source)
     paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
-    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's videos may lie elsewhere
+    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's may lie elsewhere
     old, new = Path(videos.root).resolve(), Path(directory).resolve()
     if new in (old, Path(top).resolve()) or folder and old in new.parents:
         raise ValueError(f"{directory} must lie outside of {source}")
@@ -728,7 +732,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 
 
 # ============ demo: videos that need no download ============
-# Sixteen classes, appearance x motion: who knows one of the two is right one time in four.
+# Sixteen classes, appearance x motion: who knows one is right one time in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES = 80, 24  # pixels a side, frames a video
 DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
@@ -738,7 +742,7 @@ DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-para
 
 def demo_clip(rng, texture, motion):
     """One video, uint8 RGB [T, H, W, 3], and its masks [T, H, W]: 0 background, 1 object, 2 distractor.
-    A textured object rests, drifts down the diagonal or up it, or shakes, over a background that pans.
+    A textured object rests, drifts down or up a diagonal, or shakes, over a panned background.
     Its class is texture and motion; all else is nuisance."""
     shape = DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE
     t, y, x = [np.float32(axis - (axis.size - 1) / 2) for axis in np.ogrid[tuple(map(slice, shape))]]
@@ -764,8 +768,8 @@ def demo_clip(rng, texture, motion):
     disc = np.clip(draw(6, 10) - distance + 0.5, 0, 1)
     picture = over(picture, disc, shades((0.3, 1), (0, 0))[0])
 
-    # Object: a disc to a rounded square. Within a tube it moves by a quarter of its texture's period
-    # when it drifts, by half when it shakes.
+    # Object: a disc to a rounded square. In a tube it drifts by a quarter of its texture's period,
+    # or shakes by half of it.
     period, speed = draw(9.2, 10.8), draw(1.1, 1.45)
     shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}[motion]
     u, v = x - draw(-8, 8) - shift, y - draw(-8, 8) - shift
@@ -814,9 +818,9 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
 def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
-    DIR/davis has the first DEMO_MASKED of val a class once more, with exact masks, laid out as DAVIS.
+    DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS.
     What DIR has of the same seed already stays; another folder is a ValueError."""
-    # Written first, empty: whose folder it is. Two processes can fill it.
+    # First, empty: whose folder it is. Two processes can fill it.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
@@ -858,8 +862,7 @@ def main():
             if default is parameter.empty:
                 sub.add_argument(name)
             else:
-                sub.add_argument("--" + name.replace("_", "-"), type=type(default), default=default,
-                                 help=f"default: {default}")
+                sub.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     options = vars(parser.parse_args())
     try:
         if lost := options.pop("function")(**options):

@@ -773,15 +773,14 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
 
 @parametrize("name", ["bframes.mp4", "vfr.mkv", "opengop.ts", "h264.avi", "mjpeg.avi"])
 def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name):
-    """Beyond that it is an error, and so another draw; only a cut Matroska looks like a shorter video."""
+    """Beyond that it is an error, and so another draw, instead of a frame again that is not the last."""
     content, path, got = Path(video_file(name)).read_bytes(), tmp_path / name, []
     header = max(0, content.find(b"mdat"))
     path.write_bytes(content[:header + (len(content) - header) * 6 // 10])
     for n in range(N):
         with contextlib.suppress(data.VideoError):
             got += video_whole(path, 1, 1, n)
-    assert got[:20] == list(range(20)) and got == sorted(got) and len(set(got)) < 40
-    assert name == "vfr.mkv" or len(set(got)) == len(got)
+    assert got[:20] == list(range(20)) and got == sorted(set(got)) and len(got) < 40
 
 
 def test_damage_in_the_middle_is_not_silent(video_file, tmp_path):
