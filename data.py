@@ -395,8 +395,8 @@ def find_videos(source, classes=None):
 def find_in_folder(source, classes):
     names, folders, errors = [], [], []
     for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
-        inside[:] = sorted(name for name in inside if name[0] != "." and Path(folder, name).resolve()
-                           not in map(Path.resolve, Path(folder, name).parents))  # nor in circles
+        inside[:] = sorted(name for name in inside if name[0] != "." and not (  # nor links in circles
+            (link := Path(folder, name)).is_symlink() and link.resolve() in map(Path.resolve, link.parents)))
         folders = folders or list(inside)  # those at the top
         names += [os.path.relpath(os.path.join(folder, name), source) for name in sorted(files)
                   if name[0] != "." and name.lower().endswith(SUFFIXES)]

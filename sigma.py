@@ -462,7 +462,7 @@ class SIGMA(nn.Module):
             raise ValueError("a model trained with loss l2 has no prototypes to assign to")
         everything = torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
         x_phi = self.forward_target(video, patchify(video, self.patch), everything).float()
-        x = F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T
+        x = F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T  # x̃ [B, S, K]
         return x if scores else x.argmax(dim=2)
 
 # ============ plumbing: settings that cannot be are a ValueError; reading checkpoints ============

@@ -140,8 +140,8 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
                      clips_per_second=(step - logged) * args.clips_a_step / seconds,
                      data_wait=waited / seconds, skipped=step - taken, loss_scale=scaler.get_scale())
             if step - moved >= (50 if args.precision == "fp16" else 5):  # fp16 first halves its scale
-                raise Stop(f"{step - moved} steps in a row are not finite; checkpoint.pt is good: "
-                           "lower --lr, or use bf16", code=1)
+                raise Stop(f"{step - moved} steps in a row are not finite; checkpoint.pt is good: go on with "
+                           "another --precision, or anew with a lower --lr in another --out", code=1)
             bar.update(step - logged)
             logged, since, waited = step, None, 0.0
 
@@ -174,7 +174,7 @@ def wrapped(args, model):
     if world() == 1:
         return model
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # only from torch 2.15 on
-    # No device_ids: the mask is counted on the CPU, as nothing may wait for the GPU.
+    # No device_ids: the mask is counted on the CPU, for nothing waits for the GPU.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -463,7 +463,7 @@ def on_device(args, loader):
             yield ahead
         if args.cuda:
             torch.cuda.current_stream().wait_stream(side)
-            batch["video"].record_stream(torch.cuda.current_stream())  # it is in use there
+            batch["video"].record_stream(torch.cuda.current_stream())  # in use there
         ahead = batch
     if ahead is not None:
         yield ahead
@@ -582,7 +582,7 @@ def preview(args, model, clips):
     if rank():
         return
     videos, masks, tubes, _ = (part.cpu() for part in found)  # [n, 3, T, S, S], [n, N], [n, N]
-    hidden = F.interpolate(masks.view(-1, 1, *model.grid).float(), videos.shape[2:]) > 0  # by pixels
+    hidden = F.interpolate(masks.view(-1, 1, *model.grid).float(), videos.shape[2:]) > 0
     rows = [("video", videos), ("what the\nencoder sees", videos.masked_fill(hidden, 217))]
     if args.loss == "sigma":
         rows.append(("cluster of\nevery tube", tint(videos, tubes.view(-1, *model.grid))))
@@ -625,7 +625,7 @@ def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
 
 def plot(records, path):
     """curve.png: a panel for each of these numbers over the steps."""
-    panels, width, height = [], 250, 150  # pixels of a curve
+    panels, width, height = [], 250, 150
     for name in ("loss", "agreement", "perplexity", "spread", "top1"):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if len(points) > 1:
