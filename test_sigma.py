@@ -1360,10 +1360,10 @@ def scenarios(request, tmp_path_factory):
     pool.shutdown()
 
 
-def torchrun(folder, *flags, code=0, environ=()):
-    """train.py in two processes of torchrun -> what it printed."""
+def torchrun(folder, *flags, code=0, environ=(), program=HERE / "train.py"):
+    """train.py, or what calls it, in two processes of torchrun -> what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               HERE / "train.py", *flags]
+               program, *flags]
     environ = {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": "", **dict(environ)}
     process = subprocess.Popen(list(map(str, command)), cwd=folder, env=environ, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -1454,9 +1454,26 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(whole, videos,
     assert not (tmp_path / "checkpoint.pt.part").exists()
 
 
+STILL_AT_WORK = """
+import runpy
+import train
+
+
+def close(bar):  # the last that a run calls
+    for _ in range(1000):
+        train.dist.all_reduce(train.torch.zeros(10_000), async_op=True)
+
+
+if __name__ == "__main__":
+    train.tqdm.close = close
+    runpy.run_path(train.__file__, run_name="__main__")
+"""
+
+
 @beside
 def test_two_processes_stop_and_resume_together(whole, videos, tmp_path):
-    """And two processes with half the batch each are the run of one process, up to rounding."""
+    """And with half the batch each equal one process, up to rounding. gloo's threads, at work to the last,
+    abort none: they would in Python's teardown."""
     one, two = ([*run_flags(videos, tmp_path / name, "--val", videos), "--batch-size", 2] for name in "ab")
     stopping = Apart(*two, *SAVING, world=2)
     stopping.wait(tmp_path / "b", 3)
@@ -1464,7 +1481,8 @@ def test_two_processes_stop_and_resume_together(whole, videos, tmp_path):
     output = stopping.end(128 + signal.SIGTERM)
     assert "stopped after step" in output and "the same command goes on" in output
     assert sigma.load_checkpoint(tmp_path / "b" / "checkpoint.pt")["step"] < 12
-    torchrun(tmp_path, *two)
+    (tmp_path / "script.py").write_text(STILL_AT_WORK)
+    torchrun(tmp_path, *two, program=tmp_path / "script.py", environ={"PYTHONPATH": str(HERE)})
     Apart(*one, world=2).end()
     same_run(tmp_path / "b", tmp_path / "a")
     halves, alone = losses(read_log(tmp_path / "a")), losses(whole.log)
@@ -1708,8 +1726,11 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsy
 
 
 @parametrize("flags", ["", "--target dino --teacher vits16", "--target pixel"])
-def test_bench_times_a_step_and_its_parts(tmp_path, capsys, monkeypatch, flags):
+@parametrize("way", ["ours", "the release's"])
+def test_bench_times_a_step_and_its_parts(tmp_path, capsys, monkeypatch, flags, way):
     monkeypatch.chdir(tmp_path)
+    if way != "ours":
+        as_the_release(monkeypatch)
     main_here("--bench", *RUN, "--steps", 1, *flags.split())
     first, speed, *parts = capsys.readouterr().out.strip().splitlines()
     rate, milliseconds = (float(re.search(p, speed)[1]) for p in (r"([\d.]+) clips/s", r"([\d.]+) ms a step"))
@@ -1742,7 +1763,6 @@ def test_knn_is_the_definition():
 
 
 # ============ train.py: evaluation ============
-
 
 def test_overlap_counts_pixels_and_clusters_find_their_objects():
     truth = torch.zeros(2, 4, 4, dtype=torch.long)
@@ -1983,37 +2003,16 @@ def test_the_readme_names_what_there_is():
 
 # ============ python test_sigma.py speed: a step beside the release's way of computing ============
 
-def time_release(precision, batch, size, target, steps=4):
-    """Prints the median seconds a clip of a training step, the release's way, in a process of its own."""
+def as_the_release(patch):
+    """From here on SIGMA computes as the release does, in memory that the C library gives as it likes."""
+    patch.setattr(SIGMA, "forward", lambda *given: (release_forward(*given), {}))
+    patch.setattr(train.ctypes, "CDLL", None)
+
+
+def bench_release(*flags):
     torch.set_num_threads(os.cpu_count())
-    args = train.parse_args(["--bench", "--size", size, "--target", target, "--batch-size", batch])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    torch.manual_seed(0)
-    model = train.make_model(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda" or None)
-    video = torch.randn(args.batch_size, 3, 16, 224, 224, device=device)
-    mask, seconds = tube_mask(args.batch_size, 8, 196), []
-    for _ in range(steps + 2):
-        began = time.monotonic()
-        with torch.autocast(device.type, dtype, precision != "fp32"):
-            loss = release_forward(model, video, mask)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        seconds.append((time.monotonic() - began) / args.batch_size)
-    print(sorted(seconds[2:])[steps // 2])
-
-
-def time_ours(precision, batch, size, target, steps=4):
-    """The same of train.py --bench, which is ended when it has said so."""
-    command = [sys.executable, HERE / "train.py", "--bench", "--size", size, "--target", target,
-               "--batch-size", batch, "--precision", precision, "--steps", str(steps)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
-        milliseconds = next(filter(None, (re.search(r"([\d.]+) ms a step", line) for line in process.stdout)))
-        process.kill()
-    return float(milliseconds[1]) / 1000 / int(batch)
+    as_the_release(pytest.MonkeyPatch())
+    train.main(["--bench", *flags])
 
 
 def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions="fp32,bf16"):
@@ -2031,14 +2030,16 @@ def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions=
     equal = 100 * (assigned[0] == assigned[1]).float().mean()
     print(f"Sinkhorn, 11264 x 3000: the release's way {release:.0f} ms, ours {ours:.0f} ms, "
           f"{release / ours:.2f} times as fast; {equal:.3f}% of the assignments equal", flush=True)
+    flags = ["--size", size, "--target", target, "--batch-size", batch, "--steps", "4", "--precision"]
+    # OpenMP's default again for the release, in spite of train.py's OMP_WAIT_POLICY.
+    ways = {"release": ([__file__, "step"], {"GOMP_SPINCOUNT": "300000"}),
+            "ours": ([HERE / "train.py", "--bench"], {})}
     for precision in precisions.split(","):
-        times, what = {"release": [], "ours": []}, (precision, batch, size, target)
-        for _ in range(int(rounds)):
-            # OpenMP's default again for the release, in spite of train.py's OMP_WAIT_POLICY.
-            printed = subprocess.check_output([sys.executable, __file__, "step", *what], text=True,
-                                              env={**os.environ, "GOMP_SPINCOUNT": "300000"})
-            times["release"].append(1000 * float(printed))
-            times["ours"].append(1000 * time_ours(*what))
+        times = {way: [] for way in ways}
+        for _, (way, (command, environ)) in itertools.product(range(int(rounds)), ways.items()):
+            printed = subprocess.check_output([sys.executable, *command, *flags, precision], text=True,
+                                              env={**os.environ, **environ})
+            times[way].append(float(re.search(r"([\d.]+) ms a step", printed)[1]) / int(batch))
         release, _ = medians = [sorted(seconds)[int(rounds) // 2] for seconds in times.values()]
         for way, median in zip(times, medians):
             print(f"a step of {size} with {target}, batch {batch}, {precision}, {way:7} {median:8.1f} ms "
@@ -2096,4 +2097,4 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
 
 
 if __name__ == "__main__":
-    {"step": time_release, "speed": compare_speed, "evidence": evidence}[sys.argv[1]](*sys.argv[2:])
+    {"step": bench_release, "speed": compare_speed, "evidence": evidence}[sys.argv[1]](*sys.argv[2:])

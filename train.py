@@ -385,10 +385,9 @@ def agreed():
 
 
 def say(message):
-    """Prints above the bar, once for all ranks, at once."""
+    """Prints above the bar, once for all ranks."""
     if rank() == 0:
         tqdm.write(message)
-        sys.stdout.flush()
 
 
 def say_unreadable(path, reason, said=set()):
@@ -1121,7 +1120,7 @@ def parse_args(argv=None):
                         batch_size=16, lr=1e-2 if args.demo else 1e-3, min_lr=1e-6, eval_every=0)
     defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)
     defaults["loss"] = "l2" if args.target == "pixel" else "sigma"
-    name = Path(os.path.abspath(args.data or "demo")).stem or "run"  # also of --data .
+    name = Path(os.path.abspath(args.data or "demo")).stem  # also of --data .
     defaults["out"] = f"runs/{name}-{args.mode}".removesuffix("-pretrain")
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
     args.out = Path(args.out)
@@ -1134,18 +1133,14 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):  # files' names can hold what no terminal can show
-        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
-        # In training a flag, to end the step first.
-        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+        for number in (signal.SIGTERM, signal.SIGINT):  # in training a flag, to end the step first
+            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
         args = parse_args(argv)
         start_processes(args)
         if not args.bench:
             take_folder(args)
         globals()[args.mode](args)  # pretrain, probe, finetune, segment or bench
-        if world() > 1 and args.cuda:  # NCCL asks for it; to end gloo's can hang in torch 2.6
-            dist.destroy_process_group()
     except Stop as stop:
         leave(stop.message, stop.code)
     except (data.VideoError, data.WorkerError) as error:
@@ -1154,8 +1149,6 @@ def main(argv=None):
         leave(str(error), 1)
     except torch.OutOfMemoryError as error:
         leave(f"too little GPU memory: lower --batch-size or --recompute ({error!r:.150})", 1)
-    except KeyboardInterrupt:  # outside of training
-        raise SystemExit(130) from None
 
 
 def leave(message, code):
@@ -1167,10 +1160,18 @@ def leave(message, code):
         line = f"train.py: error{f' of rank {rank()}' if rank() else ''}: {message}"
         print(line, file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own report ends with it
-            told = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(report).write_text(json.dumps({"message": told}))
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     raise SystemExit(code)
 
 
 if __name__ == "__main__":
-    main()
+    # Lines appear at once, and files' names though no terminal may show them.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except SystemExit as end:
+        if world() == 1:
+            raise
+        # One of several skips Python's teardown: a gloo thread that still drops a tensor aborts there,
+        # and makes the end of its group wait forever (torch 2.6).
+        os._exit(end.code or 0)
