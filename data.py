@@ -713,7 +713,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     if new in (old, Path(top).resolve()) or folder and old in new.parents:
         raise ValueError(f"{directory} must lie outside of {source}")
     if min(gop, short_side, workers) < 1:
-        raise ValueError("--gop, --short-side and --workers must be at least 1")
+        raise ValueError("--gop, --short-side, --workers: at least 1")
     names = [os.path.relpath(path, top) for path in paths]
     bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
     names = [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
@@ -820,7 +820,7 @@ def write_demo(directory, seed=0):
 
     DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS.
     What DIR has of the same seed already stays; another folder is a ValueError."""
-    # First, empty: whose folder it is. Two processes can fill it.
+    # First, empty: whose folder it is. Two can fill it.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
@@ -829,10 +829,10 @@ def write_demo(directory, seed=0):
         mark.touch()
     jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
             for job in itertools.product(DEMO_TEXTURES, DEMO_MOTIONS, range(count))]
-    with ThreadPool(CORES) as pool:  # NumPy and the encoder leave Python's lock
+    with ThreadPool(CORES) as pool:  # NumPy and the encoder release the GIL
         pool.starmap(partial(write_demo_clip, directory, seed), jobs)
     for part in Path(directory).rglob("*.part"):
-        part.unlink(missing_ok=True)  # of a process that was killed
+        part.unlink(missing_ok=True)  # of a killed process
 
 
 # ============ bench, command line ============
@@ -840,7 +840,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
     """Reads training clips in this process; prints their cost, and the cores for `rate` a second."""
     clips = Clips(find_videos(source), frames, stride, size)
     items = (clips[key] for key, in EpochSampler(len(clips), 1))
-    next(items)  # libraries and disk warm up
+    next(items)  # libraries warm up
     end, cpu = time.monotonic() + seconds, time.process_time()
     for count, _ in enumerate(items, 1):
         if time.monotonic() > end:
@@ -862,7 +862,8 @@ def main():
             if default is parameter.empty:
                 sub.add_argument(name)
             else:
-                sub.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+                name = "--" + name.replace("_", "-")
+                sub.add_argument(name, type=type(default), default=default, help="[%(default)s]")
     options = vars(parser.parse_args())
     try:
         if lost := options.pop("function")(**options):
