@@ -226,7 +226,7 @@ class Video(contextlib.AbstractContextManager):
                                 clip[:, places] = graph.rgb(frame)[:, None]
                 if not missing:
                     return [clip for _, clip, _ in views]
-                failure = "it does not come out of the decoder"
+                failure = "it does not come out"
             except VideoError as error:
                 failure = error
         raise VideoError(f"frames {wanted[0]} to {wanted[-1]} of {self.frames} cannot be decoded: {failure}")
@@ -528,7 +528,6 @@ class EpochSampler:
 # They come from a server process with one thread and everything imported: none inherits a held lock,
 # and a start takes 0.1 s. (Windows has none: spawn.)
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-PRELOADED = ["torchvision.transforms.v2", "av.filter", "tqdm"]  # these import the others
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
 IDLE = -1.0  # on the board: no video is read
@@ -538,7 +537,7 @@ def preload_workers():
     """Starts the fork server and its imports in the background."""
     if START_METHOD == "forkserver":
         from multiprocessing import forkserver  # not everywhere
-        multiprocessing.set_forkserver_preload(PRELOADED)
+        multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "av.filter", "tqdm"])
         forkserver.ensure_running()
 
 
@@ -585,20 +584,21 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
         keys, pending = itertools.chain(pending, keys), collections.deque()  # first what the lost ones had
         dataset.board = torch.full((workers, 2), IDLE, dtype=torch.float64).share_memory_()
         # A timeout leaves the iterator whole: the time to look after the workers.
-        made = iter(DataLoader(
+        loader = DataLoader(
             dataset, batch_sampler=(pending.append(k) or k for k in keys), num_workers=workers,
             multiprocessing_context=START_METHOD, worker_init_fn=start_worker, timeout=WATCH_SECONDS,
-            pin_memory=pin_memory, collate_fn=collate))
-        since, blamed = time.monotonic(), {}
+            pin_memory=pin_memory, collate_fn=collate)
+        made, since, blamed = None, time.monotonic(), {}
         try:
             while not blamed:
                 try:
+                    made = iter(loader) if made is None else made
                     batch = next(made)
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError, VideoError) as error:
                     error.__traceback__ = None  # it would keep the workers alive
-                    blamed = judge(error, made._workers, dataset.board.tolist(), since)
+                    blamed = judge(error, getattr(made, "_workers", ()), dataset.board.tolist(), since)
                 else:
                     failed = 0
                     pending.popleft()
@@ -618,6 +618,7 @@ def judge(error, workers, board, since):
         raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
     if not isinstance(error, RuntimeError):  # a connection breaks before its worker has ended
         time.sleep(WATCH_SECONDS)
+        error = WorkerError(f"workers: {error!r:.150}")
     now, blamed, full = time.monotonic(), {}, "/dev/shm full (docker's --shm-size)?"
     # A crash or a hang is blamed on the video on the board; other ends came from outside.
     for worker, (video, limit) in zip(workers, board):
@@ -806,7 +807,7 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / f"{i:05}.{suffix}", quality=95)
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "bitexact"}) as file:  # no dates in the header
+    with av.open(buffer, "w", format="mp4", options={"fflags": "bitexact"}) as file:  # no dates
         stream = file.add_stream("libx264", 12, DEMO_X264, width=DEMO_SIZE, height=DEMO_SIZE,
                                  pix_fmt="yuv420p", thread_count=1)
         for frame in frames:
@@ -824,7 +825,7 @@ def write_demo(directory, seed=0):
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
-        raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
+        raise ValueError(f"{directory} is not empty, and not the demo of seed {seed}")
     if not mark.exists():
         mark.touch()
     jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
@@ -846,7 +847,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
         if time.monotonic() > end:
             break
     cpu = (time.process_time() - cpu) / count
-    print(f"{count} clips read: {1 / cpu:.1f} clips per CPU-second; "
+    print(f"{count} clips, {1 / cpu:.1f} a CPU-second; "
           f"{rate:g} a second take {rate * cpu:.1f} cores")
 
 
@@ -867,13 +868,11 @@ def main():
     options = vars(parser.parse_args())
     try:
         if lost := options.pop("function")(**options):
-            sys.exit(f"data.py: {lost} unreadable videos left out: see unreadable.txt")
+            sys.exit(f"data.py: {lost} unreadable videos: see unreadable.txt")
     except ValueError as error:
         parser.error(str(error))
-    except (VideoError, OSError, RuntimeError) as error:
-        sys.exit(f"data.py: {str(error).strip().splitlines()[-1]}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: interrupted")
+    except (VideoError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(f"data.py: {(str(error).strip() or 'interrupted').splitlines()[-1]}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 Started again with the same --out a run resumes; its loss curve is that of an uninterrupted run. In this
 order: the loop, pretraining, log and checkpoints, processes, evaluation, bench, flags."""
 import argparse
+import atexit
 import ctypes
 import itertools
 import json
@@ -19,7 +20,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import ChainMap
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -300,13 +300,9 @@ class Log:
     def line(self, step, per_epoch, last, bad, **stats):
         """A step's line; for people an epoch's news (each minute's, where there is no terminal),
         and what cannot be read. `bad` becomes that of all ranks."""
-        everyone = [bad] * world()  # each rank reads its own part of the videos
-        if world() > 1:
-            dist.all_gather_object(everyone, bad)
-        bad.update(ChainMap(*everyone))
+        say_unreadable(bad)
         known = {record["unreadable"] for record in self.records if "unreadable" in record}
         for path in bad.keys() - known if rank() == 0 else ():
-            say_unreadable(path, bad[path])
             self.write(at_step=step, unreadable=path, reason=bad[path])
         args, epoch, unreadable = self.args, (step - 1) // per_epoch, len(known | bad.keys())
         self.write(step=step, epoch=epoch, **stats, unreadable_videos=unreadable)
@@ -387,13 +383,21 @@ def agreed():
 def say(message):
     """Prints above the bar, once for all ranks."""
     if rank() == 0:
-        tqdm.write(message)
+        with suppress(OSError):  # a full disk, too
+            tqdm.write(message)
 
 
-def say_unreadable(path, reason, said=set()):
-    if path not in said:  # once, whatever the reason
+def say_unreadable(bad, said=set()):
+    """Names files once.
+    bad: path -> reason, of the videos that this rank has read; becomes that of all ranks."""
+    everyone = [bad] * world()
+    if world() > 1:
+        dist.all_gather_object(everyone, bad)
+    for other in everyone:
+        bad.update(other)
+    for path in sorted(bad.keys() - said):
         said.add(path)
-        tqdm.write(f"unreadable: {path}: {reason}")
+        say(f"unreadable: {path}: {bad[path]}")
 
 
 def start_processes(args):
@@ -490,7 +494,7 @@ def each_once(args, model, dataset, compute, batch_size, chosen=None):
 
     Returns these tensors for all videos (or the `chosen` numbers) that can be read, in their order
     whatever the number of processes, and last their numbers. Raises Stop where there are none."""
-    chosen, parts = chosen or range(len(dataset)), []  # parts: [batch][tensor]
+    chosen, parts, bad = chosen or range(len(dataset)), [], {}  # parts: [batch][tensor]
     mine = DistributedSampler(chosen, world(), rank(), shuffle=False)  # where it must, gives some twice
     batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
     loader = on_device(args, data.load(dataset, batches, min(args.workers, len(batches)), args.cuda))
@@ -500,11 +504,11 @@ def each_once(args, model, dataset, compute, batch_size, chosen=None):
             found = compute(data.normalize(batch["video"]), batch)
         index = batch["index"][::len(batch["index"]) // len(found[0])]  # once for all its views
         parts.append([part.to(args.device) for part in (*found, index)])
-        for path, reason in batch["bad"]:
-            say_unreadable(path, reason)
+        bad.update(batch["bad"])
         if args.stop:  # while training, which has saved, waits for this
             raise SystemExit(128 + args.stop)
     model.train()
+    say_unreadable(bad)
     gathered = []
     for own in map(torch.cat, zip(*parts)):
         everyone = [torch.empty_like(own) for _ in range(world())]
@@ -1047,16 +1051,16 @@ positive, not_negative = at_least(1e-9, float), at_least(0, float)
 # Flag: type or choices; default, the paper's; the demo's, if another; what it is.
 FLAGS = {
     "data": (str, "demo", "demo; a folder of videos (class folders: labels); a list, path[ label] a line"),
-    "val": (str, "labelled videos: k-NN in pretraining, tests of --probe and --finetune"),
+    "val": (str, "labelled videos: k-NN in pretraining, tests of --probe, --finetune"),
     "out": (str, "folder for log, checkpoint, pictures; a run in it is resumed; else runs/…"),
     "probe": (str, "instead, k-NN and linear probe of a checkpoint, from --data to --val"),
     "finetune": (str, "instead, train a checkpoint, or `none`, on labels of --data, test on --val"),
     "segment": (str, "instead, cluster tubes by a checkpoint; mIoU on DAVIS's folders"),
-    "bench": (switch, "instead, time such steps and their parts; writes nothing"),
+    "bench": (switch, "instead, time steps and their parts; writes nothing"),
     "size": (list(SIZES), "base", "tiny", "of the model"),
     "target": (["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, pixels (VideoMAE)"),
     "teacher": (list(TEACHERS), "vitb16", "DINO network of --target dino"),
-    "dino-weights": (str, "its file, else downloaded at first use"),
+    "dino-weights": (str, "its file; else downloaded"),
     "loss": (["sigma", "l2"], "l2: VideoMAE with pixel, collapse with mlp; sigma, with pixel l2"),
     "assignment": (["hard", "soft"], "hard", "targets: argmax of q (release), q itself (text)"),
     "prototypes": (count, 3000, 64, "K"),
@@ -1065,7 +1069,7 @@ FLAGS = {
     "frames": (count, 16, 8, "in a clip"),
     "stride": (whole, 4, 2, "frames from one to the next; 0: spread over all. SSv2: 2, fine-tuned 0"),
     "image-size": (count, 224, 48, "pixels a side"),
-    "repeats": (count, 1, "crops from one decoding, where decoding limits"),
+    "repeats": (count, 1, "crops from one decoding"),
     "epochs": (count, 800, 25, "length of the schedule"),
     "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
     "steps": (count, "optimiser steps after which it stops; of --bench: 5"),
@@ -1074,11 +1078,11 @@ FLAGS = {
     "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
     "min-lr": (not_negative, 1e-5, 4e-4, "where the cosine ends, per 256 clips"),
     "eval-every": (whole, 50, 5, "epochs between k-NN (with --val) and pictures; 0: first, last"),
-    "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on GPUs, fp32 on CPUs"),
-    "compile": (switch, False, "torch.compile the blocks and the loss"),
-    "recompute": (switch, False, "activation checkpointing: less memory for a third more time"),
+    "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on GPUs, else fp32"),
+    "compile": (switch, False, "torch.compile blocks and loss"),
+    "recompute": (switch, False, "activation checkpointing: less memory, more time"),
     "workers": (whole, "decoding processes a rank; else cores / ranks up to 16, on a CPU 1"),
-    "seed": (whole, 0, "of weights, order, clips, crops and masks"),
+    "seed": (whole, 0, "of all that is drawn"),
     "save-minutes": (positive, 10, "checkpoint at least this often"),
     "keep-every": (count, 100, "epochs between checkpoints that stay")}
 
@@ -1165,13 +1169,15 @@ def leave(message, code):
 
 
 if __name__ == "__main__":
-    # Lines appear at once, and files' names though no terminal may show them.
+    # Lines appear at once, file names though no terminal may show them.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        sys.exit(main())
+        code = main()
     except SystemExit as end:
-        if world() == 1:
-            raise
-        # One of several skips Python's teardown: a gloo thread that still drops a tensor aborts there,
+        code = end.code
+    if world() > 1:
+        # All of Python's end but the teardown: a gloo thread that still drops a tensor aborts there,
         # and makes the end of its group wait forever (torch 2.6).
-        os._exit(end.code or 0)
+        atexit._run_exitfuncs()
+        os._exit(code or 0)
+    sys.exit(code)
