@@ -821,11 +821,11 @@ def write_demo(directory, seed=0):
 
     DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS.
     What DIR has of the same seed already stays; another folder is a ValueError."""
-    # First, empty: whose folder it is. Two can fill it.
+    # Whose folder it is. Two can fill it.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory) and not mark.exists():
-        raise ValueError(f"{directory} is not empty, and not the demo of seed {seed}")
+        raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
     if not mark.exists():
         mark.touch()
     jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
