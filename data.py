@@ -95,8 +95,8 @@ class Video(contextlib.AbstractContextManager):
         self.codec = self.stream and self.stream.codec_context
         if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
             raise VideoError("it has no video that FFmpeg can decode")
-        self.codec.thread_count = 1  # the loader's workers are the parallelism
-        # explode: complain about damage instead of painting over it
+        self.codec.thread_count = 1  # workers are the parallelism
+        # explode: damage is an error, not painted over
         self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
 
     def _index(self):
@@ -142,7 +142,7 @@ class Video(contextlib.AbstractContextManager):
     def decode(self, first=0, end=None, wanted=None):
         """Yields the frames of packets first to before end, in the decoder's order. wanted: times; packets
         without are decoded only as far as others depend on them. Damage to what is shown raises."""
-        self.codec.flush_buffers()  # it may hold frames of an earlier reading
+        self.codec.flush_buffers()  # of an earlier reading
         packets, start, self.doubts = self.packets, self.pts[first], {}
         if not self.keep:  # a large file is demuxed again
             self.container.close()
@@ -547,7 +547,6 @@ def start_worker(_):
     def leave_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
-
     gc.freeze()  # the collector would write to all that was imported, and so copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -592,7 +591,8 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
         try:
             while not blamed:
                 try:
-                    made = iter(loader) if made is None else made
+                    if made is None:
+                        made, since = iter(loader), time.monotonic()
                     batch = next(made)
                 except StopIteration:
                     return
@@ -618,7 +618,7 @@ def judge(error, workers, board, since):
         raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
     if not isinstance(error, RuntimeError):  # a connection breaks before its worker has ended
         time.sleep(WATCH_SECONDS)
-        error = WorkerError(f"workers: {error!r:.150}")
+        error = WorkerError(f"workers: {(str(error) or repr(error)).splitlines()[-1]}")
     now, blamed, full = time.monotonic(), {}, "/dev/shm full (docker's --shm-size)?"
     # A crash or a hang is blamed on the video on the board; other ends came from outside.
     for worker, (video, limit) in zip(workers, board):
@@ -675,7 +675,7 @@ def reencode(source, target, gop, short_side):
 
 
 class Reencoder(Dataset):
-    """Items: (number, why it failed or None). A data set, as the loader deals with crashes."""
+    """Items: (number, why it failed or None). A data set for the loader."""
     def __init__(self, videos, targets, *options):
         self.videos, self.targets, self.options, self.bad, self.board = videos, targets, options, {}, None
 
@@ -733,7 +733,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 
 
 # ============ demo: videos that need no download ============
-# Sixteen classes, appearance x motion: who knows one is right one time in four.
+# Sixteen classes, appearance x motion:
+# who knows one is right one time in four.
 DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
 DEMO_SIZE, DEMO_FRAMES = 80, 24  # pixels a side, frames a video
 DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
@@ -841,7 +842,7 @@ def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
     """Reads training clips in this process; prints their cost, and the cores for `rate` a second."""
     clips = Clips(find_videos(source), frames, stride, size)
     items = (clips[key] for key, in EpochSampler(len(clips), 1))
-    next(items)  # libraries warm up
+    next(items)  # warms up
     end, cpu = time.monotonic() + seconds, time.process_time()
     for count, _ in enumerate(items, 1):
         if time.monotonic() > end:

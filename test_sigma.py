@@ -1025,10 +1025,10 @@ def test_videos_that_take_their_workers_along_are_left_out():
 
 
 @parametrize("deeds, message", [({2: "SIGKILL"}, "code -9"), ({2: "unsendable"}, "no batch"),
-                                ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row"), ({}, "EOFError")])
+                                ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row"), ({}, "workers: why")])
 def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypatch):
     if not deeds:  # as where a signal has ended the fork server, too
-        ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError})
+        ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError("Caught\nwhy\n")})
         monkeypatch.setattr(data, "DataLoader", ended)
     monkeypatch.setattr(data, "IDLE_SECONDS", 1 if message == "no batch" else 60)
     monkeypatch.setattr(data, "ATTEMPTS", 2)
@@ -1460,7 +1460,7 @@ STILL_AT_WORK = """
 import runpy
 import train
 
-def close(bar):  # the last that a run calls
+def close(bar):  # at each bar's end, and so at the run's
     for _ in range(1000):
         train.dist.all_reduce(train.torch.zeros(10_000), async_op=True)
 
@@ -2006,18 +2006,18 @@ def test_the_readme_names_what_there_is():
 def as_the_release(patch):
     """From here on SIGMA computes as the release does, in memory that the C library gives as it likes."""
     patch.setattr(SIGMA, "forward", lambda *given: (release_forward(*given), {}))
-    patch.setattr(train.ctypes, "CDLL", None)
+    patch.setattr(train, "ctypes", None)
 
 
 def bench_release(*flags):
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(data.CORES)
     as_the_release(pytest.MonkeyPatch())
     train.main(["--bench", *flags])
 
 
 def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions="fp32,bf16"):
     """Prints Sinkhorn and steps of the release's way and ours, taking turns; medians."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(data.CORES)
     scores = unit_scores(11_264, 3_000, width=256).to("cuda" if torch.cuda.is_available() else "cpu")
     times = {release_sinkhorn: [], sinkhorn: []}
     for _ in range(1 + 5):

@@ -6,8 +6,8 @@
     torchrun train.py --finetune authors.pth --data train.csv --val val.csv
     torchrun train.py --segment runs/demo/checkpoint.pt   unsupervised video object segmentation
 
-Started again with the same --out a run resumes; its loss curve is that of an uninterrupted run. In this
-order: the loop, pretraining, log and checkpoints, processes, evaluation, bench, flags."""
+Started again with the same --out a run resumes;
+its loss curve is that of an uninterrupted run."""
 import argparse
 import atexit
 import ctypes
@@ -41,11 +41,6 @@ from tqdm import tqdm
 import data
 import sigma
 from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint, patchify
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed
-    fcntl = None
 
 
 # ============ the training loop ============
@@ -383,7 +378,7 @@ def agreed():
 def say(message):
     """Prints above the bar, once for all ranks."""
     if rank() == 0:
-        with suppress(OSError):  # a full disk, too
+        with suppress(OSError):  # full disks, closed pipes
             tqdm.write(message)
 
 
@@ -413,8 +408,8 @@ def start_processes(args):
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
         auto = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # from Ampere on
     else:
-        # glibc takes fresh pages for every large tensor, which the kernel fills with zeros. To keep them
-        # (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD) is 1.2 (ViT-S) to 4 times (tiny) as fast.
+        # glibc takes fresh pages for every large tensor, which the kernel fills with zeros.
+        # To keep them (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD) is quicker.
         with suppress(OSError, AttributeError, TypeError):  # no glibc
             for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
                 ctypes.CDLL(None).mallopt(option, value)
@@ -439,11 +434,12 @@ def take_folder(args):
         args.out.mkdir(parents=True, exist_ok=True)
         args.lock = open(args.out / ".lock", "a")
         try:
-            if fcntl and rank() == 0:
+            import fcntl
+            if rank() == 0:
                 fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another run is writing to --out {args.out}: name another") from None
-        except OSError:  # a network's file system without locks: a second run goes unnoticed
+        except (OSError, ImportError):  # file systems without locks, Windows: a second run goes unnoticed
             pass
     say(f"results in {args.out}, {args.workers} workers")
     if args.demo:
@@ -1071,8 +1067,8 @@ FLAGS = {
     "image-size": (count, 224, 48, "pixels a side"),
     "repeats": (count, 1, "crops from one decoding"),
     "epochs": (count, 800, 25, "length of the schedule"),
-    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
-    "steps": (count, "optimiser steps after which it stops; of --bench: 5"),
+    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; an eighth at most"),
+    "steps": (count, "optimiser steps, then stop; of --bench: 5"),
     "batch-size": (count, 32, "clips a step, per process"),
     "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
     "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
@@ -1145,6 +1141,7 @@ def main(argv=None):
         if not args.bench:
             take_folder(args)
         globals()[args.mode](args)  # pretrain, probe, finetune, segment or bench
+        over_ranks(0.0)  # none leaves while another still receives
     except Stop as stop:
         leave(stop.message, stop.code)
     except (data.VideoError, data.WorkerError) as error:
@@ -1164,20 +1161,25 @@ def leave(message, code):
         line = f"train.py: error{f' of rank {rank()}' if rank() else ''}: {message}"
         print(line, file=sys.stderr, flush=True)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own report ends with it
-            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+            told = {"message": line, "extraInfo": {"timestamp": time.time()}}
+            Path(report).write_text(json.dumps({"message": told}))
     raise SystemExit(code)
 
 
 if __name__ == "__main__":
     # Lines appear at once, file names though no terminal may show them.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if world() == 1:
+        sys.exit(main())
+    # Several leave without Python's teardown:
+    # a gloo thread that frees a tensor then aborts its process.
+    # To end the group before can wait forever (torch 2.6).
+    code = 1
     try:
         code = main()
     except SystemExit as end:
         code = end.code
-    if world() > 1:
-        # All of Python's end but the teardown: a gloo thread that still drops a tensor aborts there,
-        # and makes the end of its group wait forever (torch 2.6).
-        atexit._run_exitfuncs()
-        os._exit(code or 0)
-    sys.exit(code)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()
+    os._exit(code or 0)
