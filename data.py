@@ -526,7 +526,7 @@ class EpochSampler:
 
 # ============ loader: the workers ============
 # They come from a server process with one thread and everything imported: none inherits a held lock,
-# and a start takes 0.1 s. (Windows has none: spawn.)
+# and a start takes 0.1 s. (Windows: spawn.)
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
@@ -603,7 +603,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
                     failed = 0
                     pending.popleft()
                     yield batch
-                    since = time.monotonic()  # what was done with the batch is no waiting
+                    since = time.monotonic()  # work on the batch is no waiting
         finally:
             del made  # ends the workers
         dataset.bad.update(blamed)
@@ -618,7 +618,7 @@ def judge(error, workers, board, since):
         raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
     if not isinstance(error, RuntimeError):  # a connection breaks before its worker has ended
         time.sleep(WATCH_SECONDS)
-        error = WorkerError(f"workers: {(str(error) or repr(error)).splitlines()[-1]}")
+        error = WorkerError(f"workers are lost, try again: {(str(error) or repr(error)).splitlines()[-1]}")
     now, blamed, full = time.monotonic(), {}, "/dev/shm full (docker's --shm-size)?"
     # A crash or a hang is blamed on the video on the board; other ends came from outside.
     for worker, (video, limit) in zip(workers, board):

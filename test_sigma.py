@@ -1025,7 +1025,7 @@ def test_videos_that_take_their_workers_along_are_left_out():
 
 
 @parametrize("deeds, message", [({2: "SIGKILL"}, "code -9"), ({2: "unsendable"}, "no batch"),
-                                ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row"), ({}, "workers: why")])
+                                ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row"), ({}, "try again: why")])
 def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypatch):
     if not deeds:  # as where a signal has ended the fork server, too
         ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError("Caught\nwhy\n")})

@@ -1067,7 +1067,7 @@ FLAGS = {
     "image-size": (count, 224, 48, "pixels a side"),
     "repeats": (count, 1, "crops from one decoding"),
     "epochs": (count, 800, 25, "length of the schedule"),
-    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; an eighth at most"),
+    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
     "steps": (count, "optimiser steps, then stop; of --bench: 5"),
     "batch-size": (count, 32, "clips a step, per process"),
     "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
