@@ -478,6 +478,44 @@ class Clips(Dataset):
             yield numbers(place), partial(square_crop, place=side)
 
 
+class Scenes(Dataset):
+    """Clips of DAVIS's folders, squeezed to a square: items as those of Clips, one view each,
+    and `truth`, the masks at their own size: int64 [T, H, W],
+    objects 0, 1, …, and -1 (theirs is 255), which does not count.
+
+    A folder below JPEGImages is a video, its masks lie below Annotations,
+    frames without one are skipped. Of a full DAVIS the validation videos, as the paper."""
+    def __init__(self, root, frames=16, stride=1, size=224):
+        self.frames, self.stride, self.size = frames, stride, size
+        self.bad, self.board, videos = {}, None, {}
+        root, listed = Path(root), Path(root) / "ImageSets/2017/val.txt"
+        chosen = listed.read_text().split() if listed.is_file() else None
+        for frame in sorted((root / "JPEGImages").rglob("*.jpg")):
+            mask = root / "Annotations" / frame.relative_to(root / "JPEGImages").with_suffix(".png")
+            if mask.exists() and (chosen is None or frame.parent.name in chosen):
+                videos.setdefault(frame.parent, []).append((frame, mask))
+        self.videos = list(videos.values())  # of each its (frame, mask) in order
+        if not videos:
+            raise ValueError(f"{root}: no .jpg below JPEGImages has its .png below Annotations")
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        pairs, square = self.videos[key[1]], (self.size, self.size)
+        numbers = frame_numbers(len(pairs), self.frames, self.stride)
+        frames, masks = zip(*(pairs[min(n, len(pairs) - 1)] for n in numbers))  # the last again where short
+        with announced(self, key[1]), file_errors():
+            pictures = [Image.open(path).convert("RGB").resize(square, Image.BILINEAR) for path in frames]
+            video, truth = (torch.from_numpy(np.stack([np.asarray(picture) for picture in clip]))
+                            for clip in (pictures, map(Image.open, masks)))
+            if truth.ndim != 3:
+                raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey")
+        objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
+        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth != 255, -1),
+                "index": key[1], "label": -1, "bad": []}
+
+
 def collate(items):
     """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list); of a single
     item also `truth`, masks of any size."""
@@ -495,6 +533,23 @@ def normalize(video, dtype=torch.float32):
     mean, std = [torch.stack([video.new_full((1, 1, 1), value, dtype=torch.float32) for value in values])
                  for values in (IMAGENET_MEAN, IMAGENET_STD)]
     return (video * (1 / (255 * std)) - mean / std).to(dtype)  # (video / 255 - mean) / std in two passes
+
+
+def batches_to_device(batches, device):
+    """Batches with their videos on the device, one ahead: a GPU copies the next on a stream of its own."""
+    cuda, ahead = device.type == "cuda", None
+    side = torch.cuda.Stream(device) if cuda else None
+    for batch in batches:
+        with torch.cuda.stream(side) if cuda else contextlib.nullcontext():
+            batch["video"] = batch["video"].to(device, non_blocking=True)
+        if ahead is not None:
+            yield ahead
+        if cuda:
+            torch.cuda.current_stream().wait_stream(side)
+            batch["video"].record_stream(torch.cuda.current_stream())  # in use there
+        ahead = batch
+    if ahead is not None:
+        yield ahead
 
 
 # ============ loader: the order ============

@@ -11,7 +11,7 @@ the assignment of the other:
 
     model = SIGMA(size="base", target="mlp")
     video = torch.randn(2, 3, 16, 224, 224)             # clips, ImageNet-normalised
-    mask = tube_mask(batch=2, frames=8, patches=196)    # counted in tubes: 16 / 2, (224 / 16)²
+    mask = tube_mask(batch=2, steps=8, patches=196)    # counted in tubes: 16 / 2, (224 / 16)²
     loss, stats = model(video, mask)
     loss.backward()
 
@@ -47,29 +47,36 @@ from torch import nn
 
 TUBELET = 2  # frames in a tube
 
-# patch | encoder: width, depth, heads | decoder: the same | widths of φ's layers, the last is E
+# The encoder's width, depth and heads, the decoder's, and the widths of φ's layers: the last is E.
 SIZES = {
-    "tiny": (8, (128, 4, 2), (64, 2, 1), (256, 64)),
-    "small": (16, (384, 12, 6), (192, 4, 3), (1024, 1024, 512, 256)),
-    "base": (16, (768, 12, 12), (384, 4, 6), (1024, 1024, 512, 256)),
-    "large": (16, (1024, 24, 16), (512, 4, 8), (1024, 1024, 512, 256)),
-    "huge": (16, (1280, 32, 16), (640, 4, 8), (1024, 1024, 512, 256)),
+    "tiny": dict(patch=8, width=128, depth=4, heads=2, decoder_width=64, decoder_depth=2, decoder_heads=1,
+                 projection=(256, 64)),
+    "small": dict(patch=16, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3,
+                  projection=(1024, 1024, 512, 256)),
+    "base": dict(patch=16, width=768, depth=12, heads=12, decoder_width=384, decoder_depth=4, decoder_heads=6,
+                 projection=(1024, 1024, 512, 256)),
+    "large": dict(patch=16, width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=4,
+                  decoder_heads=8, projection=(1024, 1024, 512, 256)),
+    "huge": dict(patch=16, width=1280, depth=32, heads=16, decoder_width=640, decoder_depth=4,
+                 decoder_heads=8, projection=(1024, 1024, 512, 256)),
 }
-TEACHERS = {"vits16": (384, 12, 6), "vitb16": (768, 12, 12)}  # DINO v1: width = E, depth, heads
-
+TEACHERS = {  # DINO v1; its width is E
+    "vits16": dict(width=384, depth=12, heads=6),
+    "vitb16": dict(width=768, depth=12, heads=12),
+}
 
 # ============ tubes and mask (Sec. 3.1) ============
-def tube_mask(batch, frames, patches, ratio=0.9, device=None, generator=None):
+def tube_mask(batch, steps, patches, ratio=0.9, device=None, generator=None):
     """Tube masking: the same patches in every frame, so that nothing can be copied through time.
 
-    frames and patches count tubes: 8 and 196 for 16 frames of 224 x 224. Returns bool [batch, frames *
+    steps and patches count tubes: 8 and 196 for 16 frames of 224 x 224. Returns bool [batch, steps *
     patches], frames-major, True where masked: int(ratio * patches) of every frame, drawn for each clip.
     Keep it on the CPU: SIGMA counts it, which would wait for a GPU. `generator` makes it repeatable.
     """
     on = device if generator is None else generator.device
     # Sorting noise gives each clip a random permutation of 0 to patches - 1: the low numbers are masked.
     order = torch.rand(batch, patches, device=on, generator=generator).argsort(dim=1)
-    return (order < int(ratio * patches)).to(device).repeat(1, frames)  # [B, patches] -> [B, S]
+    return (order < int(ratio * patches)).to(device).repeat(1, steps)  # [B, patches] -> [B, S]
 
 
 def split_mask(mask, device):
@@ -374,23 +381,28 @@ class SIGMA(nn.Module):
         self.size, self.target, self.loss, self.assignment = size, target, loss, assignment
         self.eps, self.iterations, self.temperature = eps, iterations, temperature
         self.frames, self.image_size = frames, image_size
-        self.patch, (width, depth, heads), (dec_width, dec_depth, dec_heads), phi_widths = SIZES[size]
+        sizes = SIZES[size]
+        self.patch, width, phi_widths = sizes["patch"], sizes["width"], sizes["projection"]
+        dec_width = sizes["decoder_width"]
+        self.loss_fn = sigma_loss  # an attribute, so that it can be compiled
         # Tubes in time, height and width: 8 x 14 x 14 = 1568 for 16 frames of 224 pixels.
         side = image_size // self.patch
         self.grid, self.num_tubes = (frames // TUBELET, side, side), frames // TUBELET * side * side  # S
         tube_width = TUBELET * self.patch * self.patch * 3  # P
-        out_width = {"mlp": phi_widths[-1], "dino": TEACHERS[teacher][0], "pixel": tube_width}[target]  # E
+        out_width = {"mlp": phi_widths[-1], "dino": TEACHERS[teacher]["width"], "pixel": tube_width}[target]
 
-        self.encoder = Encoder(self.num_tubes, self.patch, width, depth, heads, drop_path, recompute)
+        self.encoder = Encoder(self.num_tubes, self.patch, width, sizes["depth"], sizes["heads"], drop_path,
+                               recompute)
         self.encoder_to_decoder = nn.Linear(width, dec_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dec_width))
-        self.decoder = Decoder(self.num_tubes, dec_width, dec_depth, dec_heads, out_width, recompute)
+        self.decoder = Decoder(self.num_tubes, dec_width, sizes["decoder_depth"], sizes["decoder_heads"],
+                               out_width, recompute)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         if target == "mlp":
             self.head = projection_mlp(tube_width, phi_widths)  # φ
         if target == "dino":
             # φ. Frozen and public, so hidden from PyTorch: no checkpoint, optimizer or DDP has to know it.
-            self.__dict__["teacher"] = DinoViT(*TEACHERS[teacher]).requires_grad_(False)
+            self.__dict__["teacher"] = DinoViT(**TEACHERS[teacher]).requires_grad_(False)
         if loss == "sigma":
             self.prototypes = nn.Parameter(torch.randn(num_prototypes, out_width))  # C [K, E]
 
@@ -447,8 +459,8 @@ class SIGMA(nn.Module):
             return loss, stats
         # C to unit length, in place and beside autograd, as the release.
         self.prototypes.data.copy_(F.normalize(self.prototypes.data, dim=1))
-        return sigma_loss(x_psi, x_phi, self.prototypes, self.eps, self.iterations, self.temperature,
-                          self.assignment)
+        return self.loss_fn(x_psi, x_phi, self.prototypes, self.eps, self.iterations, self.temperature,
+                            self.assignment)
 
     def features(self, video):
         """Encoder tokens of the unmasked clip, after the final norm: [B, S, D]. Mean-pool to classify."""
@@ -456,14 +468,18 @@ class SIGMA(nn.Module):
         return self.encoder(patchify(video, self.patch), everything)
 
     @torch.no_grad()
-    def assign(self, video, scores=False):
-        """φ's nearest prototype for every tube of the unmasked clip, int64 [B, S], or x̃ of all [B, S, K]."""
+    def prototype_scores(self, video):
+        """φ's scores x̃ [B, S, K] of every tube of the unmasked clip."""
         if self.loss != "sigma":
             raise ValueError("a model trained with loss l2 has no prototypes to assign to")
         everything = torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
         x_phi = self.forward_target(video, patchify(video, self.patch), everything).float()
-        x = F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T  # x̃ [B, S, K]
-        return x if scores else x.argmax(dim=2)
+        return F.normalize(x_phi, dim=2) @ F.normalize(self.prototypes, dim=1).T
+
+    def assign(self, video):
+        """φ's nearest prototype for every tube of the unmasked clip, int64 [B, S]."""
+        return self.prototype_scores(video).argmax(dim=2)
+
 
 # ============ plumbing: settings that cannot be are a ValueError; reading checkpoints ============
 def check_settings(size, target, loss, num_prototypes, eps, iterations, temperature, assignment, teacher,
@@ -473,7 +489,7 @@ def check_settings(size, target, loss, num_prototypes, eps, iterations, temperat
                                  ("assignment", assignment, ("hard", "soft"))):
         if value not in choices:
             raise ValueError(f"{name} {value!r} is not one of: {', '.join(choices)}")
-    for name, value, unit in (("frames", frames, TUBELET), ("image_size", image_size, SIZES[size][0])):
+    for name, value, unit in (("frames", frames, TUBELET), ("image_size", image_size, SIZES[size]["patch"])):
         if value < unit or value % unit:
             raise ValueError(f"{name} is {value}: it must be a positive multiple of {unit}, as tubes are")
     if num_prototypes < 1 or iterations < 0 or not eps > 0 or not temperature > 0:
@@ -525,7 +541,7 @@ def demonstration(steps=120, batch=32, seed=0):
             speed = 2 * torch.rand(2) - 1  # pixels a frame, down and right
             for t in range(4):
                 clip[:, t] = texture.roll((t * speed).round().int().tolist(), dims=(1, 2))
-        mask = tube_mask(batch, frames=2, patches=16, ratio=0.75)
+        mask = tube_mask(batch, steps=2, patches=16, ratio=0.75)
         for (name, model), optimizer in zip(models.items(), optimizers):
             loss, stats = model(video, mask)
             optimizer.zero_grad()

@@ -57,13 +57,13 @@ torch.set_num_threads(1)
 # ============ sigma.py: tubes, mask and Sinkhorn ============
 
 def test_tube_mask_hides_the_same_patches_in_every_frame_and_any_as_often():
-    mask = tube_mask(5, frames=8, patches=196, ratio=0.9, generator=data.seeded(0))
+    mask = tube_mask(5, steps=8, patches=196, ratio=0.9, generator=data.seeded(0))
     assert mask.shape == (5, 8 * 196) and mask.dtype == torch.bool
     frames = mask.view(5, 8, 196)
     assert (frames == frames[:, :1]).all() and (frames.sum(dim=2) == 176).all()
     assert len({tuple(clip.tolist()) for clip in frames[:, 0]}) == 5  # drawn per clip
     assert torch.equal(mask, tube_mask(5, 8, 196, 0.9, generator=data.seeded(0)))
-    share = tube_mask(20_000, frames=1, patches=10, ratio=0.3, generator=data.seeded(1)).float().mean(dim=0)
+    share = tube_mask(20_000, steps=1, patches=10, ratio=0.3, generator=data.seeded(1)).float().mean(dim=0)
     assert (share - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 20_000)  # five standard deviations
 
 
@@ -336,7 +336,7 @@ def test_assign_and_features():
     assert chosen.shape == (4, 32) and chosen.dtype == torch.int64 and tokens.shape == (4, 32, 128)
     x = F.normalize(model.head(sigma.normalize_tubes(sigma.patchify(video, 8))), dim=-1)
     x = x @ F.normalize(model.prototypes, dim=1).T
-    assert torch.equal(chosen, x.argmax(dim=-1)) and torch.equal(model.assign(video, scores=True), x)
+    assert torch.equal(chosen, x.argmax(dim=-1)) and torch.equal(model.prototype_scores(video), x)
     assert (model.frames, model.image_size) == (4, 32)
     with pytest.raises(ValueError, match="no prototypes"):
         tiny(loss="l2").assign(video)
@@ -1825,7 +1825,7 @@ def test_multi_view_averages_softmax(videos):
 
 
 def test_the_classifier_is_videomaes_with_layer_decay():
-    full, model, depth = tiny().eval(), classifier(5).eval(), SIZES["tiny"][1][1]
+    full, model, depth = tiny().eval(), classifier(5).eval(), SIZES["tiny"]["depth"]
     train.load_weights(model, full.state_dict(), "x", free=("fc_norm.", "head."))
     video = torch.randn(2, 3, 4, 32, 32)
     full.encoder.norm = torch.nn.Identity()

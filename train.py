@@ -67,7 +67,7 @@ def fit(args, model, groups, betas, train_set, objective, evaluate):
 
     # Micro-batches; each follows from its number, so a resumed run goes on with the very next one.
     sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
-    stream = on_device(args, data.load(train_set, sampler, args.workers, args.cuda))
+    stream = data.batches_to_device(data.load(train_set, sampler, args.workers, args.cuda), args.device)
     bar = tqdm(total=last, initial=step, desc="train", disable=rank() > 0 or None)
     evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # its step
     bad, trouble, saved = {}, None, -math.inf  # path -> reason; why to stop; time of the last checkpoint
@@ -165,7 +165,7 @@ def wrapped(args, model):
         for block in model.modules():  # block by block: quick, and DDP's overlap stays
             if isinstance(block, sigma.Block):
                 block.compile()
-        sigma.sigma_loss = torch.compile(sigma.sigma_loss)
+        model.loss_fn = torch.compile(model.loss_fn)
     if world() == 1:
         return model
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # only from torch 2.15 on
@@ -209,10 +209,10 @@ def make_model(args):
     names = "assignment", "teacher", "frames", "image_size", "recompute"
     flags = {name: getattr(args, name) for name in names}
     model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
-    frames, patches = model.grid[0], model.grid[1] * model.grid[2]  # in tubes
+    steps, patches = model.grid[0], model.grid[1] * model.grid[2]  # in tubes
     if not 0 < int(args.mask_ratio * patches) < patches:
         raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} tubes")
-    return model, partial(sigma.tube_mask, frames=frames, patches=patches, ratio=args.mask_ratio)
+    return model, partial(sigma.tube_mask, steps=steps, patches=patches, ratio=args.mask_ratio)
 
 
 def open_clips(args, videos, train=False, *more, **named):
@@ -451,23 +451,6 @@ def take_folder(args):
         args.data, args.val = videos / ("davis" if args.segment else "train"), args.val or videos / "val"
 
 
-def on_device(args, loader):
-    """Batches with their videos on the device, one ahead:
-    a GPU copies the next on a stream of its own."""
-    side, ahead = torch.cuda.Stream(args.device) if args.cuda else None, None
-    for batch in loader:
-        with torch.cuda.stream(side) if side else nullcontext():
-            batch["video"] = batch["video"].to(args.device, non_blocking=True)
-        if ahead is not None:
-            yield ahead
-        if args.cuda:
-            torch.cuda.current_stream().wait_stream(side)
-            batch["video"].record_stream(torch.cuda.current_stream())  # in use there
-        ahead = batch
-    if ahead is not None:
-        yield ahead
-
-
 # ============ each video once, over all ranks ============
 def open_data(args, labels=False):
     """The videos of --data and of --val (None if not given; an error where labels are needed)."""
@@ -493,7 +476,8 @@ def each_once(args, model, dataset, compute, batch_size, chosen=None):
     chosen, parts, bad = chosen or range(len(dataset)), [], {}  # parts: [batch][tensor]
     mine = DistributedSampler(chosen, world(), rank(), shuffle=False)  # where it must, gives some twice
     batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
-    loader = on_device(args, data.load(dataset, batches, min(args.workers, len(batches)), args.cuda))
+    loader = data.load(dataset, batches, min(args.workers, len(batches)), args.cuda)
+    loader = data.batches_to_device(loader, args.device)
     model.eval()
     for batch in tqdm(loader, "evaluating", len(batches), leave=False, disable=rank() > 0 or None):
         with args.autocast():
@@ -600,7 +584,7 @@ def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
         return
 
     def score(video, batch):
-        scores = model.assign(video, scores=True).float()  # x̃ [1, N, K]
+        scores = model.prototype_scores(video).float()  # x̃ [1, N, K]
         used = torch.bincount(scores[0].argmax(dim=1), minlength=args.prototypes)
         # Of each clip its best tube alone, or a still one could fill a row.
         return batch["video"][:, :, ::TUBELET], *scores.max(dim=1), used[None]
@@ -660,8 +644,8 @@ def read_weights(path):
         state = {re.sub(r"^(?!head\.|fc_norm\.)", "encoder.", name): value for name, value in state.items()}
 
     embedding = state.get("encoder.patch_embed.proj.weight", torch.zeros(0)).shape  # [D, 3, 2, patch, patch]
-    size = [name for name, (patch, (width, *_), *_) in SIZES.items()
-            if embedding == (width, 3, TUBELET, patch, patch)]
+    size = [name for name, s in SIZES.items()
+            if embedding == (s["width"], 3, TUBELET, s["patch"], s["patch"])]
     if not size:
         raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)} under its authors' names"
                          + ", but Hugging Face's: take the authors' file" * ("videomae." in " ".join(state)))
@@ -850,7 +834,8 @@ def segment(args):
     mIoU is the mean over objects, then over clips."""
     with agreed():
         masked = (Path(args.data) / "JPEGImages").is_dir()
-        clips = Scenes(args) if masked else open_clips(args, data.find_videos(args.data))
+        clips = (data.Scenes(args.data, args.frames, args.stride, args.image_size) if masked
+                 else open_clips(args, data.find_videos(args.data)))
     model, log = open_model(args)
     torch.set_float32_matmul_precision("highest")  # for K-means
 
@@ -884,44 +869,6 @@ def segment(args):
     if args.loss == "sigma":  # last, as it needs φ: DINO may not be to be had
         load_teacher(args, model)
         prototype_sheet(args, model, clips)
-
-
-class Scenes(torch.utils.data.Dataset):
-    """Clips of DAVIS's folders, squeezed to a square: items as those of data.Clips, one view each,
-    and `truth`, the masks at their own size: int64 [T, H, W],
-    objects 0, 1, …, and -1 (theirs is 255), which does not count.
-
-    A folder below JPEGImages is a video, its masks lie below Annotations,
-    frames without one are skipped. Of a full DAVIS the validation videos, as the paper."""
-    def __init__(self, args):
-        self.frames, self.stride, self.size = args.frames, args.stride, args.image_size
-        self.bad, self.board, videos = {}, None, {}
-        root, listed = Path(args.data), Path(args.data) / "ImageSets/2017/val.txt"
-        chosen = listed.read_text().split() if listed.is_file() else None
-        for frame in sorted((root / "JPEGImages").rglob("*.jpg")):
-            mask = root / "Annotations" / frame.relative_to(root / "JPEGImages").with_suffix(".png")
-            if mask.exists() and (chosen is None or frame.parent.name in chosen):
-                videos.setdefault(frame.parent, []).append((frame, mask))
-        self.videos = list(videos.values())  # of each its (frame, mask) in order
-        if not videos:
-            raise ValueError(f"{root}: no .jpg below JPEGImages has its .png below Annotations")
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, key):
-        pairs, square = self.videos[key[1]], (self.size, self.size)
-        numbers = data.frame_numbers(len(pairs), self.frames, self.stride)
-        frames, masks = zip(*(pairs[min(n, len(pairs) - 1)] for n in numbers))  # the last again where short
-        with data.announced(self, key[1]), data.file_errors():
-            pictures = [Image.open(path).convert("RGB").resize(square, Image.BILINEAR) for path in frames]
-            video, truth = (torch.from_numpy(np.stack([np.asarray(picture) for picture in clip]))
-                            for clip in (pictures, map(Image.open, masks)))
-            if truth.ndim != 3:
-                raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey")
-        objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
-        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth != 255, -1),
-                "index": key[1], "label": -1, "bad": []}
 
 
 def kmeans(x, k, seed=0, restarts=5, iterations=50):
