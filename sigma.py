@@ -1,10 +1,10 @@
 r"""SIGMA: Sinkhorn-Guided Masked Video Modeling (Salehi et al., ECCV 2024, arXiv 2407.15447).
 
-The paper's method section as code, which needs nothing but PyTorch.
+This is the paper's method section as code. It needs PyTorch (2.6 or later) and nothing else.
 
 VideoMAE hides 90% of a clip and learns by predicting the hidden pixels. SIGMA predicts features instead: the
 video model Ψ sees only what is left visible and predicts a feature for every hidden piece, and the projection
-network φ, which may see the hidden pieces, computes the features to predict. If the two were simply pulled
+network φ, which sees the hidden pieces, computes the features to predict. If the two were simply pulled
 together, both would learn to output one constant: a perfect loss, and no knowledge. So both features are
 scored against K shared prototypes, and Sinkhorn turns the scores into cluster assignments that use all
 prototypes equally. Each network predicts the other's assignments, and can only do so by telling tubes apart.
@@ -12,7 +12,6 @@ prototypes equally. Each network predicts the other's assignments, and can only 
 For two clips and size "base", with 2 x 1408 = 2816 masked tubes and 3000 prototypes C:
 
   clip 2x3x16x224x224 -> tubes 2x1568x1536
-   |
    +- 160 visible -> encoder 2x160x768 -> linear 2x160x384, plus 1408 mask tokens -> decoder -> x^Ψ 2816x256
    |                                     assignments q^Ψ  <-  scores x̃^Ψ = x^Ψ Cᵀ 2816x3000  <-+
    |                                                    \ /
@@ -24,21 +23,22 @@ For two clips and size "base", with 2 x 1408 = 2816 masked tubes and 3000 protot
 Start with `SIGMA.forward`, the outside of this drawing, then read `sigma_loss` and `sinkhorn`, its middle.
 The networks come after them and are ordinary vision transformers. How to use it:
 
-    model = SIGMA(size="base", target="mlp")
+    from sigma import SIGMA, tube_mask
+    model = SIGMA(size="base", target="mlp")             # see sigma_loss on how many clips that needs
     video = torch.randn(2, 3, 16, 224, 224)              # two clips, ImageNet-normalised
     mask = tube_mask(batch=2, steps=8, patches=14 * 14)  # 16 frames are 8 steps of two frames
     loss, stats = model(video, mask)
     loss.backward()
 
-A *tube* is one token: 2 frames x 16 x 16 pixels (also called tubelet or cube). A *step* is a tube's time.
+A *tube* is one token: 2 frames x 16 x 16 pixels (also called tubelet). A *step* is two frames of time.
 *Tube masking* hides the same patches of the picture at all times. Symbols, as in the paper:
 
   Ψ, φ       video model (encoder and decoder), projection network
   x^Ψ, x^φ   their features of the masked tubes
   C, c_k     the K learned prototypes, one per row, of unit length; prototype k
   x̃          scores: dot products of a unit-length feature with all prototypes
-  Q, q       Sinkhorn's transport plan [N, K] for the N masked tubes; q = N·Q, whose rows sum to 1
-  u, v       row and column factors of the plan: Q_ik = u_i exp(x̃_ik/ε) v_k
+  Q, q       Sinkhorn's plan [N, K] for all N masked tubes (in the paper [K, N]); q = N·Q, rows sum to 1
+  u, v       factors of the plan, one per tube and one per prototype: Q_ik = u_i exp(x̃_ik/ε) v_k
   ε, τ       temperatures: of the assignments (0.05; the paper's 1/λ) and of the predictions (0.1)
 
 Shapes: B clips, T frames, H x W pixels; S tubes in a clip, V visible and M masked; N = B·M; P values in a
@@ -49,8 +49,7 @@ Differences between the paper's text, the authors' code (which made their result
                  text               authors' code                  here
   assignments    soft               hard: argmax of q              hard, or assignment="soft"
   K              4000 is best       3000                           3000
-  C learns from  not said           φ's loss term only             φ's loss term only
-  length of C    not said           set to 1 before each forward   set to 1 before each forward
+  C              not said           φ's loss term only; length 1   φ's loss term only; length 1
   Sinkhorn       -                  rescales the N x K matrix      same iterations, kept as vectors u and v
   embedding      -                  embeds all tubes, then picks   embeds the visible tubes, same numbers
   DINO as φ      several variants   B/16, in float32               B/16 or S/16, under training's autocast
@@ -61,7 +60,7 @@ from torch import nn
 
 TUBELET = 2  # frames in a tube
 PROJECTION = (1024, 1024, 512, 256)  # widths of φ's layers; the last one is E
-SIZES = {  # patch: a tube's side in pixels
+SIZES = {  # patch: a tube's side in pixels; "tiny" is not from the paper
     "tiny": dict(patch=8, width=128, depth=4, heads=2, decoder_width=64, decoder_depth=2, decoder_heads=1,
                  projection=(256, 64)),
     "small": dict(patch=16, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3,
@@ -79,13 +78,13 @@ TEACHERS = {"vits16": dict(width=384, depth=12, heads=6),  # DINO v1's image net
 
 # ============ tubes and mask (Sec. 3.1) ============
 def tube_mask(batch, steps, patches, ratio=0.9, device=None, generator=None):
-    """Tube masking: each clip hides its own random patches, the same ones at all times, so that no hidden
-    tube can be copied from the frames around it.
+    """Tube masking: each clip hides its own random patches, the same ones at all times, so that what does not
+    move cannot be copied from another frame.
 
     steps: frames / 2, because a tube is two frames long: 8 for 16 frames. patches: tubes per step, 14 · 14
-    for 224 pixels. generator: makes the mask repeatable. Returns bool [batch, steps * patches], one step
-    after the other, True where masked: exactly int(ratio * patches) per step. Leave the mask on the CPU:
-    SIGMA counts the masked tubes, and would have to wait for the GPU."""
+    for 224 pixels. generator: makes the mask repeatable. device: leave it on the CPU for SIGMA, as counting
+    masked tubes on a GPU means waiting for it. Returns bool [batch, steps * patches], one step after the
+    other, True where masked: exactly int(ratio * patches) per step."""
     noise_device = device if generator is None else generator.device
     noise = torch.rand(batch, patches, device=noise_device, generator=generator)
     # argsort of noise is a random permutation of 0 ... patches - 1; patches with a low value are masked.
@@ -127,10 +126,10 @@ def patchify(video, patch):
 
 
 def normalize_tubes(tubes):
-    """Standardises each colour of each tube in [..., P]: the input of φ, and the target of VideoMAE.
+    """Standardises each colour of each tube in [..., P]: the input of the MLP φ, and the target of VideoMAE.
 
-    The authors compute (x - mean) / (deviation + 1e-6) from pixels in [0, 1]. Ours were divided by ImageNet's
-    deviation, about 0.226. Standardising cancels that if the 1e-6 is divided by it too."""
+    The authors compute (x - mean) / (deviation + 1e-6) on pixels in [0, 1]. Here pixels are
+    ImageNet-normalised, so divided by about 0.226; dividing the 1e-6 by it too gives the same numbers."""
     x = tubes.unflatten(-1, (-1, 3)).float()  # [..., P / 3, 3]
     # Subtracting the first pixel makes one-coloured tubes exactly 0; a rounded mean would leave noise.
     x = x - x[..., :1, :]
@@ -141,8 +140,8 @@ def normalize_tubes(tubes):
 
 # ============ Sinkhorn and the loss (Sec. 3.3) ============
 def all_reduce(x, op="SUM"):
-    """Sums x over all processes of a distributed run (or takes the "MAX"), in place; otherwise returns x as
-    it is. All processes have to call this together, and so everything that uses it."""
+    """Sum (or "MAX") of x over all processes, in place; x itself where the run is not distributed. All
+    processes must call this together, and likewise every function that uses it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x, op=getattr(torch.distributed.ReduceOp, op))
     return x
@@ -166,50 +165,53 @@ def sinkhorn(scores, eps=0.05, iterations=10):
 
         max over Q ≥ 0 of  Σ_ik Q_ik x̃_ik - ε Σ_ik Q_ik log Q_ik   where  Σ_k Q_ik = 1/N, Σ_i Q_ik = 1/K
 
-    A larger ε spreads each tube over more prototypes. Where the Lagrangian's derivative is 0, the solution
-    has the form Q_ik = u_i exp(x̃_ik/ε) v_k. Sinkhorn-Knopp starts at u = 1 and alternates: it chooses v to
-    meet the condition on the columns, then u to meet the one on the rows. The result is q = N·Q.
+    A larger ε spreads each tube over more prototypes. With multipliers α_i, β_k for the conditions the
+    derivative x̃_ik - ε (log Q_ik + 1) - α_i - β_k is 0 at Q_ik = u_i exp(x̃_ik/ε) v_k, u_i stemming from α_i
+    and v_k from β_k. Sinkhorn-Knopp starts at u = 1 and alternates: v to meet the condition on columns, then
+    u for the rows.
 
-    scores: of unit-length features, any floating dtype. In a distributed run N counts this process's tubes,
-    the columns are even over all processes, and these have to call this together. iterations: the authors
-    take 10, which is not converged: columns are roughly even. 0 is a plain softmax. Returns float32; rows sum
+    scores: of unit-length features, any floating dtype. In a distributed run they are this process's rows of
+    one
+    matrix: N and Σ_i above count all processes, which must call this together. iterations: the authors take
+    10, which is not converged: columns are roughly even. 0 is a plain softmax. Returns q, float32; rows sum
     to 1; finite for finite scores. Pastes with: all_reduce, rescaled_exp."""
     device_type = "cuda" if scores.is_cuda else "cpu"
     with torch.autocast(device_type, enabled=False):  # half precision is too coarse for u and v
         if iterations == 0:
             return (scores.float() / eps).softmax(dim=1)
-        exp_scores, u = rescaled_exp(scores, eps)  # exp(x̃/ε) [N, K] and u = 1 [N], both rescaled
+        exp_scores, u = rescaled_exp(scores, eps)  # a safe form of exp(x̃/ε) [N, K] and u = 1 [N]
         for _ in range(iterations):
-            v = 1 / all_reduce(exp_scores.T @ u)  # [K]: every prototype is used equally
-            # u makes up for any scale of v, so 1/K and 1/N are left out and the largest v is set to 1. The
-            # clamp keeps v above 0 where scores are far beyond those of unit-length features.
+            column_sums = all_reduce(exp_scores.T @ u)  # [K]
+            v = 1 / column_sums  # every prototype is used equally
+            # u cancels any scale of v, so 1/K is left out, and the largest v is set to 1. The clamp keeps v
+            # above 0 where scores are far beyond those of unit-length features.
             v = (v / v.amax()).clamp(min=1e-30)
-            u = 1 / (exp_scores @ v)  # [N]: every tube is assigned once
-        return exp_scores.mul_(v).mul_(u[:, None])  # u_i exp(x̃_ik/ε) v_k; without 1/N in u this is q, not Q
+            u = 1 / (exp_scores @ v)  # [N]: every tube is assigned once; without 1/N, which gives q, not Q
+        return exp_scores.mul_(v).mul_(u[:, None])  # u_i exp(x̃_ik/ε) v_k
 
 
 def rescaled_exp(scores, eps):
-    """exp(x̃/ε) [N, K], rescaled so that it cannot overflow, and the u [N] that stands for u = 1 after that.
+    """exp(x̃/ε) [N, K], its rows and columns rescaled against overflow, and the start u [N] to match.
 
-    Plain exp(x̃/ε) would do at the authors' ε (at most e^33), but at ε = 0.01 it reaches e^100, too much for
-    float32. Dividing everything by one value is not enough: a tube far from all prototypes would become a row
-    of zeros, and its u = 1/0. So each column is divided by its largest entry, then each row by its largest:
-    every row and every column holds a 1, and no sum in `sinkhorn` is 0. The result does not change. Sinkhorn
-    computes v first, which absorbs what the columns were divided by. What a row was divided by has to go into
-    u, because the result of ten iterations depends on their start. Pastes with: all_reduce."""
-    log = (scores.float() / eps).clamp_(-1e38, 1e38)  # x̃/ε; the divisions are subtractions before the exp
-    column_max = all_reduce(log.amax(dim=0), "MAX")  # [K]; a column extends over all processes
-    log.sub_(column_max)
+    Not needed at the authors' ε, where exp(x̃/ε) is at most e^33. But at ε = 0.01 it is up to e^100, too much
+    for float32. Dividing everything by one value is not enough: a tube far from all prototypes would become a
+    row of zeros, and its u = 1/0. So each column is divided by its largest entry, then each row by its
+    largest: every row and column holds a 1, and no sum in `sinkhorn` is 0. The result is that of exp(x̃/ε)
+    and u = 1: the first v cancels what columns were divided by, and u starts at what rows were divided by, as
+    ten iterations depend on their start. Pastes with: all_reduce."""
+    logits = (scores.float() / eps).clamp_(-1e38, 1e38)  # x̃/ε; subtracting here is dividing after the exp
+    column_max = all_reduce(logits.amax(dim=0), "MAX")  # [K]; a column extends over all processes
+    logits.sub_(column_max)
     # A row that held a column's largest entry now has a 0 there, its maximum: that column keeps its 1.
-    row_max = log.amax(dim=1)  # [N]
-    log.sub_(row_max[:, None])
-    return log.exp_(), row_max.exp()
+    row_max = logits.amax(dim=1)  # [N]
+    logits.sub_(row_max[:, None])
+    return logits.exp_(), row_max.exp()
 
 
-@torch.compiler.disable  # the compiler may not trace a write to .data
+@torch.compiler.disable  # not every version can trace a write to .data
 def set_to_unit_length(prototypes):
     """Scales each prototype of C [K, E] to length 1, in place, as the authors do before each forward pass.
-    Writing to .data allows two forward passes before one backward pass; the second write changes nothing."""
+    Autograd does not see a write to .data; else it would refuse a second forward pass before backward."""
     prototypes.data.copy_(F.normalize(prototypes.data, dim=1))
 
 
@@ -218,12 +220,13 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
         L = 1/N Σ_i [ CE(x̃_i^φ/τ, q_i^Ψ) + CE(x̃_i^Ψ/τ, q_i^φ) ],   CE(s, q) = -Σ_k q_k log softmax(s)_k
 
-    x_psi, x_phi: x^Ψ and x^φ [N, E], of any length. prototypes: C [K, E], set to unit length in place. Use
-    many more tubes than prototypes; over all processes the authors have 300 times as many. ε < τ makes
-    targets sharper than predictions, which teaches these to be confident, as in SwAV and DINO.
-    assignment: "soft" takes q as the target, as the text does; "hard" takes its argmax, as the authors' code
-    does. Early in training q at ε = 0.05 is spread over so many prototypes that it says little about its
-    tube. Its argmax names one, and v, being part of q, still keeps these choices nearly even.
+    x_psi, x_phi: x^Ψ and x^φ [N, E], normalised here. prototypes: C [K, E], a Parameter, set to unit length
+    in place; under DDP part of the wrapped module, with this call in its forward pass. Use many more tubes
+    than prototypes (the authors: 300 times, over all processes); accumulating gradients does not help.
+    assignment: "soft" takes q as the target, as the text does; ε < τ then makes targets sharper than
+    predictions, as in SwAV and DINO. "hard" takes its argmax, as the authors' code does: early in training q
+    at ε = 0.05 spreads over so many prototypes that it says little about its tube, while its argmax names
+    one. v favours rarely used prototypes there too, but only the columns of q are even by construction.
     Returns the loss and a dict for `loss_statistics`, with an [N, K] tensor in it: do not keep it. ValueError
     for features that are not [N, E]. Pastes with: all_reduce, rescaled_exp, set_to_unit_length, sinkhorn."""
     if x_psi.ndim != 2 or x_psi.shape != x_phi.shape or x_psi.shape[1] != prototypes.shape[1]:
@@ -247,11 +250,11 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
     hard_phi = q_phi.argmax(dim=1)  # [N]
 
     # 3. Predictions, crosswise. F.cross_entropy takes probabilities [N, K] or class indices [N] as targets.
-    target_psi, target_phi = q_psi, q_phi
+    target_for_phi, target_for_psi = q_psi, q_phi
     if assignment == "hard":
-        target_psi, target_phi = hard_psi, hard_phi
-    loss_projection = F.cross_entropy(scores_phi / temperature, target_psi)  # CE(x̃^φ/τ, q^Ψ)
-    loss_video = F.cross_entropy(scores_psi / temperature, target_phi)  # CE(x̃^Ψ/τ, q^φ)
+        target_for_phi, target_for_psi = hard_psi, hard_phi
+    loss_projection = F.cross_entropy(scores_phi / temperature, target_for_phi)  # CE(x̃^φ/τ, q^Ψ)
+    loss_video = F.cross_entropy(scores_psi / temperature, target_for_psi)  # CE(x̃^Ψ/τ, q^φ)
     parts = {"loss_video": loss_video.detach(), "loss_projection": loss_projection.detach(),
              "unit_phi": unit_phi.detach(), "scores_phi": scores_phi.detach(),
              "hard_psi": hard_psi, "hard_phi": hard_phi}
@@ -260,8 +263,8 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
 @torch.no_grad()
 def loss_statistics(parts):
-    """Scalars to watch, from the dict that `sigma_loss` returns: its two terms, agreement (share of tubes
-    that both networks assign alike), perplexity, spread. Pastes with: all_reduce, perplexity, spread."""
+    """Scalars to watch, from the dict of `sigma_loss`: its terms; agreement, the share of tubes assigned
+    alike (1 after a collapse, too); perplexity; spread. Pastes with: all_reduce, perplexity, spread."""
     alike = parts["hard_psi"] == parts["hard_phi"]  # [N]
     return {"loss_video": parts["loss_video"], "loss_projection": parts["loss_projection"],
             "agreement": alike.float().mean(), "perplexity": perplexity(parts["scores_phi"]),
@@ -270,8 +273,8 @@ def loss_statistics(parts):
 
 @torch.no_grad()
 def perplexity(scores):
-    """How many prototypes are in use: exp(entropy) of how often each has the highest score x̃ [N, K]. Not of
-    q, which Sinkhorn makes even in any case. Pastes with: all_reduce."""
+    """How many prototypes are in use: exp(entropy) of how often each has the highest score x̃ [N, K]. It
+    takes scores and not q, since Sinkhorn makes q even. Pastes with: all_reduce."""
     best = scores.argmax(dim=1)  # [N]
     ones = torch.ones(len(best), device=scores.device)
     counts = torch.zeros(scores.shape[1], device=scores.device)
@@ -282,7 +285,7 @@ def perplexity(scores):
 
 @torch.no_grad()
 def spread(unit):
-    """1 - length of the mean of unit features [N, E]: near 0 they collapsed. Pastes with: all_reduce."""
+    """1 - length of the mean of unit features [N, E]; near 0 means collapse. Pastes with: all_reduce."""
     total = all_reduce(unit.sum(dim=0))  # [E]
     count = all_reduce(unit.new_full((), len(unit)))
     return 1 - (total / count).norm()
@@ -293,7 +296,7 @@ class SIGMA(nn.Module):
     """Video model Ψ, projection network φ and prototypes C, trained together.
 
     size: "tiny", "small", "base", "large" or "huge". frames, image_size: of the clips it will be given.
-    target: what φ is. "mlp": trained along; "dino": a frozen image network; "pixel": none, only pixels.
+    target: φ. "mlp": trained with Ψ. "dino": a frozen image network; its loss term trains C. "pixel": pixels.
     loss: "sigma", or "l2": with "pixel" that is VideoMAE, with "mlp" the collapse that the paper starts from.
     num_prototypes: K. eps, iterations, temperature, assignment: see `sigma_loss`.
     teacher: the DINO network, "vitb16" or "vits16". It is random until you load DINO's public file:
@@ -315,7 +318,6 @@ class SIGMA(nn.Module):
         self.assignment = assignment
         self.frames, self.image_size = frames, image_size
         self.loss_fn = sigma_loss  # an attribute, so that a compiled version can take its place
-
         config = SIZES[size]
         self.patch = config["patch"]
         side = image_size // self.patch
@@ -325,7 +327,6 @@ class SIGMA(nn.Module):
         projection = config["projection"]
         widths = {"mlp": projection[-1], "dino": TEACHERS[teacher]["width"], "pixel": tube_width}
         feature_width = widths[target]  # E
-
         self.encoder = Encoder(self.num_tubes, self.patch, config["width"], config["depth"], config["heads"],
                                drop_path, recompute)
         self.encoder_to_decoder = nn.Linear(config["width"], config["decoder_width"], bias=False)
@@ -346,9 +347,9 @@ class SIGMA(nn.Module):
         """A training step's loss, and a dict of scalars to watch.
 
         video: [B, 3, T, H, W], ImageNet-normalised. mask: bool [B, S] from `tube_mask`. The dict is that of
-        `loss_statistics`; with loss "l2" only `spread`, for pixels empty. The loss starts near 2 ln K and may
-        rise at first, as its targets change too: it is no measure of progress. All processes have to call
-        this together. ValueError for shapes that the model was not built for."""
+        `loss_statistics`; with loss "l2" it holds only `spread`, with pixels nothing. The loss starts near 2
+        ln K and may rise at first, as its targets change too: it is no measure of progress. All processes
+        have to call this together. ValueError for shapes that the model was not built for."""
         check_inputs(self, video, mask)
         visible, masked = split_mask(mask, video.device)  # [B, V], [B, M]
         tubes = patchify(video, self.patch)  # [B, S, P]
@@ -358,7 +359,7 @@ class SIGMA(nn.Module):
         return self.forward_loss(x_psi.flatten(0, 1), x_phi.flatten(0, 1))  # both [N, E], N = B·M
 
     def forward_decoder(self, tokens, visible, masked):
-        """Second half of Ψ: the encoder's tokens of the visible tubes [B, V, D] -> x^Ψ [B, M, E]."""
+        """The rest of Ψ after the encoder: its tokens of the visible tubes [B, V, D] -> x^Ψ [B, M, E]."""
         seen = self.encoder_to_decoder(tokens) + self.decoder.positions[visible]  # [B, V, d]
         # All masked tubes start as the same learned token; only the position says which tube is asked for.
         asked = self.mask_token + self.decoder.positions[masked]  # [B, M, d]
@@ -385,7 +386,8 @@ class SIGMA(nn.Module):
         if self.patch != 16:  # DINO's patch is 16 pixels: enlarge the frames so that one tube is one patch
             frames = F.interpolate(frames, scale_factor=16 / self.patch, mode="bilinear")
         # model.to(device) does not reach the hidden network, so it is moved here.
-        x = self.teacher.to(video.device)(frames).float()  # [B · T/2, patches, E]
+        self.teacher.to(video.device)
+        x = self.teacher(frames).float()  # [B · T/2, patches, E]
         x = x.unflatten(0, (len(video), -1)).flatten(1, 2)  # [B, S, E]
         deviation, mean = torch.std_mean(x, dim=1, keepdim=True)  # unbiased
         return (x - mean) / (deviation + 1e-6)
@@ -407,7 +409,7 @@ class SIGMA(nn.Module):
         return torch.arange(self.num_tubes, device=video.device).expand(len(video), -1)
 
     def features(self, video):
-        """The encoder's tokens of the whole clip, after its final norm: [B, S, D]. Classify by their mean."""
+        """The encoder's tokens of the whole clip, after its norm: [B, S, D]. To classify, average over S."""
         return self.encoder(patchify(video, self.patch), self.all_tubes(video))
 
     @torch.no_grad()
@@ -426,13 +428,13 @@ class SIGMA(nn.Module):
 # ============ the networks it is made of, as in every ViT ============
 # If you know ViTs, only `Encoder.forward` has anything new.
 class Encoder(nn.Module):
-    """First half of Ψ, a ViT on the given tubes: tubes [B, n, P], their indices [B, n] -> tokens [B, n, D].
+    """The encoder of Ψ, a ViT on the given tubes: tubes [B, n, P], their indices [B, n] -> tokens [B, n, D].
 
     drop_path: chance of skipping a branch, rising linearly from 0 in the first block to this. recompute: see
     `run_blocks`. Pastes with: TUBELET, Attention, Block, init_linear, run_blocks, sincos_table."""
     def __init__(self, num_tubes, patch, width, depth, heads, drop_path=0.0, recompute=False):
         super().__init__()
-        # A Conv3d only for the checkpoint's name and shape: without overlap it is one Linear layer per tube.
+        # A Conv3d only to match the checkpoint; without overlap it is the same Linear layer for every tube.
         size = (TUBELET, patch, patch)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, width, kernel_size=size, stride=size)})
         self.blocks = nn.ModuleList()
@@ -455,7 +457,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Second half of Ψ, a smaller ViT: tokens [B, n, d], masked ones last -> their features [B, M, E]. Pastes
+    """The decoder of Ψ, a smaller ViT: tokens [B, n, d], masked ones last -> their features [B, M, E]. Pastes
     with: Attention, Block, init_linear, run_blocks, sincos_table."""
     def __init__(self, num_tubes, width, depth, heads, feature_width, recompute=False):
         super().__init__()
@@ -511,14 +513,13 @@ class DinoViT(nn.Module):
         return x[:, 1:]  # without the class token
 
 
-def mark_loaded(module, _):
-    """PyTorch calls this after load_state_dict: from now on the module's weights are not random."""
-    module.weights_loaded = True
+def mark_loaded(module, keys):
+    """PyTorch calls this after load_state_dict, with the keys that did not fit."""
+    module.weights_loaded = not keys.missing_keys
 
 
 class Block(nn.Module):
     """Pre-norm transformer block, [B, n, width] -> the same. Pastes with: Attention.
-
     drop_path: chance of skipping a branch, drawn for each clip, in training only (stochastic depth)."""
     def __init__(self, width, heads, key_bias=False, drop_path=0.0):
         super().__init__()
@@ -545,8 +546,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, [B, n, width] -> the same: softmax(query keyᵀ / √(width / heads)) value.
 
-    Queries and values have a bias, keys have none, as in BEiT and VideoMAE: it would add the same value to
-    all logits of a query, which softmax ignores. DINO's public files have one (key_bias=True)."""
+    Queries and values have a bias, keys have none, as in BEiT and VideoMAE: a key bias would add the same
+    value to all logits of a query, which softmax ignores. DINO's public files have one (key_bias=True)."""
     def __init__(self, width, heads, key_bias=False):
         super().__init__()
         self.heads = heads
@@ -633,9 +634,9 @@ def check_inputs(model, video, mask):
 
 
 def load_checkpoint(path):
-    """Reads a checkpoint of this project or of the authors into a dict, on the CPU; the weights are under
-    "model". Nothing in the file is executed. OSError if it cannot be opened, ValueError if it is truncated,
-    is no checkpoint or contains code."""
+    """Reads a checkpoint of this project or of the authors into a dict, on the CPU, executing nothing in it.
+    Then model.load_state_dict(load_checkpoint(path)["model"]). OSError if it cannot be opened, ValueError if
+    it is truncated, no checkpoint, or holds anything but tensors and plain data."""
     import argparse  # the authors' files hold an argparse.Namespace, which is plain data
     # Allowed permanently, because a temporary allowance is not thread-safe.
     torch.serialization.add_safe_globals([argparse.Namespace])
@@ -668,21 +669,20 @@ def drifting_textures(textures, batch, frames=4):
 def demonstration(steps=100, batch=32, seed=0):
     """Four models learn from the same toy clips; the two that reach a perfect loss are the two failures.
 
-    L2: both networks output a constant. no Sinkhorn: they predict each other's assignments, but nothing makes
-    these even, so one prototype takes all. SIGMA: features stay apart. soft: SIGMA with q as the target,
-    which says little of its tube this early. Pastes with: this whole file."""
+    L2: both networks output a constant. no Sinkhorn: nothing makes the assignments even, one prototype takes
+    all. SIGMA: features stay apart. soft: the same with q as the target, which says little this early."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # for the same numbers on machines with more cores
-    settings = {"L2": {"loss": "l2"}, "no Sinkhorn": {"iterations": 0}, "SIGMA": {},
-                "soft": {"assignment": "soft"}}
+    runs = {"L2": {"loss": "l2"}, "no Sinkhorn": {"iterations": 0}, "SIGMA": {},
+            "soft": {"assignment": "soft"}}
     models, optimizers = {}, {}
-    for name, changes in settings.items():
+    for name, changes in runs.items():
         models[name] = SIGMA("tiny", num_prototypes=32, frames=4, image_size=32, **changes)
         optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-3)
     textures = torch.randn(8, 3, 8, 8).tile(1, 1, 4, 4)  # [8, 3, 32, 32]: 8 x 8 random pixels, repeated
 
     print("Collapse: spread is 0.1 or less (random weights: 0.6), or perplexity, prototypes in use, is 1.\n"
-          "Learning: agreement, how often both networks assign a tube alike, is far above chance (0.03).")
+          "Learning: no collapse, and agreement (tubes that both networks assign alike) far above 0.03.")
     for step in range(1, steps + 1):
         video = drifting_textures(textures, batch)
         mask = tube_mask(batch, steps=2, patches=16, ratio=0.75)
