@@ -13,18 +13,16 @@ For two clips and size "base", with 2 x 1408 = 2816 masked tubes and 3000 protot
 
   clip 2x3x16x224x224 -> tubes 2x1568x1536
    +- 160 visible -> encoder 2x160x768 -> linear 2x160x384, plus 1408 mask tokens -> decoder -> x^Ψ 2816x256
-   |                                     assignments q^Ψ  <-  scores x̃^Ψ = x^Ψ Cᵀ 2816x3000  <-+
-   |                                                    \ /
-   |                                                     X   q^Ψ is the target of x̃^φ, q^φ the target of x̃^Ψ
-   |                                                    / \
-   |                                     assignments q^φ  <-  scores x̃^φ = x^φ Cᵀ 2816x3000  <-+
-   +- 1408 masked -> projection network φ ---------------------------------------------------> x^φ 2816x256
+   |
+   |   x^Ψ to length 1 -> scores x̃^Ψ = x^Ψ Cᵀ 2816x3000 -> Sinkhorn -> q^Ψ, the target of x̃^φ --+
+   |                                                                                            +-> loss
+   |   x^φ to length 1 -> scores x̃^φ = x^φ Cᵀ 2816x3000 -> Sinkhorn -> q^φ, the target of x̃^Ψ --+
+   |
+   +- 1408 masked -> projection network φ -------------------------------------------------> x^φ 2816x256
 
-Start with `SIGMA.forward`, the outside of this drawing, then read `sigma_loss` and `sinkhorn`, its middle.
-The networks come after them and are ordinary vision transformers. How to use it:
+Start with `SIGMA.forward`, then `sigma_loss` and `sinkhorn`. The networks below are ordinary ViTs. To use it:
 
-    from sigma import SIGMA, tube_mask
-    model = SIGMA(size="base", target="mlp")             # see sigma_loss on how many clips that needs
+    model = SIGMA(size="base", target="mlp")             # K = 3000 is for large batches, see `sigma_loss`
     video = torch.randn(2, 3, 16, 224, 224)              # two clips, ImageNet-normalised
     mask = tube_mask(batch=2, steps=8, patches=14 * 14)  # 16 frames are 8 steps of two frames
     loss, stats = model(video, mask)
@@ -35,10 +33,10 @@ A *tube* is one token: 2 frames x 16 x 16 pixels (also called tubelet). A *step*
 
   Ψ, φ       video model (encoder and decoder), projection network
   x^Ψ, x^φ   their features of the masked tubes
-  C, c_k     the K learned prototypes, one per row, of unit length; prototype k
+  C          the K learned prototypes, one per row, of unit length
   x̃          scores: dot products of a unit-length feature with all prototypes
   Q, q       Sinkhorn's plan [N, K] for all N masked tubes (in the paper [K, N]); q = N·Q, rows sum to 1
-  u, v       factors of the plan, one per tube and one per prototype: Q_ik = u_i exp(x̃_ik/ε) v_k
+  u, v       one factor per tube, one per prototype: q_ik = u_i exp(x̃_ik/ε) v_k
   ε, τ       temperatures: of the assignments (0.05; the paper's 1/λ) and of the predictions (0.1)
 
 Shapes: B clips, T frames, H x W pixels; S tubes in a clip, V visible and M masked; N = B·M; P values in a
@@ -165,16 +163,16 @@ def sinkhorn(scores, eps=0.05, iterations=10):
 
         max over Q ≥ 0 of  Σ_ik Q_ik x̃_ik - ε Σ_ik Q_ik log Q_ik   where  Σ_k Q_ik = 1/N, Σ_i Q_ik = 1/K
 
-    A larger ε spreads each tube over more prototypes. With multipliers α_i, β_k for the conditions the
-    derivative x̃_ik - ε (log Q_ik + 1) - α_i - β_k is 0 at Q_ik = u_i exp(x̃_ik/ε) v_k, u_i stemming from α_i
-    and v_k from β_k. Sinkhorn-Knopp starts at u = 1 and alternates: v to meet the condition on columns, then
-    u for the rows.
+    Tubes ship 1/N each to prototypes that take 1/K each. With Lagrange multipliers α_i, β_k the derivative
+    x̃_ik - ε (log Q_ik + 1) - α_i - β_k is 0 where q_ik = N·Q_ik = u_i exp(x̃_ik/ε) v_k, u_i ~ exp(-α_i/ε),
+    v_k ~ exp(-β_k/ε). Sinkhorn-Knopp starts at u = 1 and alternates: v to meet the condition on the columns,
+    then u to meet the one on the rows.
 
-    scores: of unit-length features, any floating dtype. In a distributed run they are this process's rows of
-    one
-    matrix: N and Σ_i above count all processes, which must call this together. iterations: the authors take
-    10, which is not converged: columns are roughly even. 0 is a plain softmax. Returns q, float32; rows sum
-    to 1; finite for finite scores. Pastes with: all_reduce, rescaled_exp."""
+    scores: cosines of features and prototypes, any floating dtype. In a distributed run pass this process's
+    rows: N and the column sums are over all processes, which must call this together.
+    eps: ε; a larger one spreads each tube over more prototypes.
+    iterations: the authors take 10, which is not converged: columns are roughly even. 0 is a plain softmax.
+    Returns q, float32; rows sum to 1; finite for finite scores. Pastes with: all_reduce, rescaled_exp."""
     device_type = "cuda" if scores.is_cuda else "cpu"
     with torch.autocast(device_type, enabled=False):  # half precision is too coarse for u and v
         if iterations == 0:
@@ -184,9 +182,9 @@ def sinkhorn(scores, eps=0.05, iterations=10):
             column_sums = all_reduce(exp_scores.T @ u)  # [K]
             v = 1 / column_sums  # every prototype is used equally
             # u cancels any scale of v, so 1/K is left out, and the largest v is set to 1. The clamp keeps v
-            # above 0 where scores are far beyond those of unit-length features.
+            # above 0 where scores are far beyond cosines.
             v = (v / v.amax()).clamp(min=1e-30)
-            u = 1 / (exp_scores @ v)  # [N]: every tube is assigned once; without 1/N, which gives q, not Q
+            u = 1 / (exp_scores @ v)  # [N]: every row of q sums to 1
         return exp_scores.mul_(v).mul_(u[:, None])  # u_i exp(x̃_ik/ε) v_k
 
 
@@ -195,13 +193,13 @@ def rescaled_exp(scores, eps):
 
     Not needed at the authors' ε, where exp(x̃/ε) is at most e^33. But at ε = 0.01 it is up to e^100, too much
     for float32. Dividing everything by one value is not enough: a tube far from all prototypes would become a
-    row of zeros, and its u = 1/0. So each column is divided by its largest entry, then each row by its
-    largest: every row and column holds a 1, and no sum in `sinkhorn` is 0. The result is that of exp(x̃/ε)
-    and u = 1: the first v cancels what columns were divided by, and u starts at what rows were divided by, as
-    ten iterations depend on their start. Pastes with: all_reduce."""
-    logits = (scores.float() / eps).clamp_(-1e38, 1e38)  # x̃/ε; subtracting here is dividing after the exp
+    row of zeros, and its u = 1/0. So each column is divided by its largest entry b_k, then each row by its
+    largest a_i: every row and column holds a 1, and no sum in `sinkhorn` is 0. q does not change: if u starts
+    at a, the first column sums are the true ones over b_k; v then takes up b_k, and every later u takes up
+    a_i. From u = 1, ten iterations would give another q. Pastes with: all_reduce."""
+    logits = (scores.float() / eps).clamp_(-1e38, 1e38)  # x̃/ε, clamped as inf - inf is NaN
     column_max = all_reduce(logits.amax(dim=0), "MAX")  # [K]; a column extends over all processes
-    logits.sub_(column_max)
+    logits.sub_(column_max)  # before the exp: this divides the column
     # A row that held a column's largest entry now has a 0 there, its maximum: that column keeps its 1.
     row_max = logits.amax(dim=1)  # [N]
     logits.sub_(row_max[:, None])
@@ -211,7 +209,7 @@ def rescaled_exp(scores, eps):
 @torch.compiler.disable  # not every version can trace a write to .data
 def set_to_unit_length(prototypes):
     """Scales each prototype of C [K, E] to length 1, in place, as the authors do before each forward pass.
-    Autograd does not see a write to .data; else it would refuse a second forward pass before backward."""
+    Written through .data, since autograd would otherwise fail in backward after two forward passes."""
     prototypes.data.copy_(F.normalize(prototypes.data, dim=1))
 
 
@@ -220,13 +218,14 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
         L = 1/N Σ_i [ CE(x̃_i^φ/τ, q_i^Ψ) + CE(x̃_i^Ψ/τ, q_i^φ) ],   CE(s, q) = -Σ_k q_k log softmax(s)_k
 
-    x_psi, x_phi: x^Ψ and x^φ [N, E], normalised here. prototypes: C [K, E], a Parameter, set to unit length
-    in place; under DDP part of the wrapped module, with this call in its forward pass. Use many more tubes
-    than prototypes (the authors: 300 times, over all processes); accumulating gradients does not help.
-    assignment: "soft" takes q as the target, as the text does; ε < τ then makes targets sharper than
-    predictions, as in SwAV and DINO. "hard" takes its argmax, as the authors' code does: early in training q
-    at ε = 0.05 spreads over so many prototypes that it says little about its tube, while its argmax names
-    one. v favours rarely used prototypes there too, but only the columns of q are even by construction.
+    x_psi, x_phi: x^Ψ and x^φ [N, E], normalised here. prototypes: C [K, E], a float32 Parameter, which this
+    sets to unit length in place; under DDP register it in the wrapped module, and call this inside its
+    forward. Use many more tubes than prototypes (the authors: 640 clips · 1408 tubes = 300 K, over all
+    processes), or lower K. Accumulating gradients does not help: Sinkhorn sees one batch at a time.
+    eps, iterations: see `sinkhorn` (the authors: ε = 0.05, or 0.03 for ViT-B on SSv2). temperature: τ.
+    assignment: "soft" takes q as the target, as the text does; "hard" takes its argmax, as the authors' code
+    does. Early in training all scores are close and q is nearly flat, although ε < τ sharpens it; its argmax
+    is not. The argmax favours rarely used prototypes, through v, but need not use all equally.
     Returns the loss and a dict for `loss_statistics`, with an [N, K] tensor in it: do not keep it. ValueError
     for features that are not [N, E]. Pastes with: all_reduce, rescaled_exp, set_to_unit_length, sinkhorn."""
     if x_psi.ndim != 2 or x_psi.shape != x_phi.shape or x_psi.shape[1] != prototypes.shape[1]:
@@ -263,8 +262,8 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
 @torch.no_grad()
 def loss_statistics(parts):
-    """Scalars to watch, from the dict of `sigma_loss`: its terms; agreement, the share of tubes assigned
-    alike (1 after a collapse, too); perplexity; spread. Pastes with: all_reduce, perplexity, spread."""
+    """Scalars to watch, from the dict of `sigma_loss`. Of this process: its terms and agreement, the share of
+    tubes assigned alike. Of all: perplexity, spread. Pastes with: all_reduce, perplexity, spread."""
     alike = parts["hard_psi"] == parts["hard_phi"]  # [N]
     return {"loss_video": parts["loss_video"], "loss_projection": parts["loss_projection"],
             "agreement": alike.float().mean(), "perplexity": perplexity(parts["scores_phi"]),
@@ -296,8 +295,9 @@ class SIGMA(nn.Module):
     """Video model Ψ, projection network φ and prototypes C, trained together.
 
     size: "tiny", "small", "base", "large" or "huge". frames, image_size: of the clips it will be given.
-    target: φ. "mlp": trained with Ψ. "dino": a frozen image network; its loss term trains C. "pixel": pixels.
-    loss: "sigma", or "l2": with "pixel" that is VideoMAE, with "mlp" the collapse that the paper starts from.
+    target: what φ is. "mlp": a small network trained with Ψ; "dino": a frozen image network, so that only C
+    learns from φ's loss term; "pixel": no network, the pixels themselves.
+    loss: "sigma", or "l2", which is VideoMAE with "pixel" and collapses with "mlp".
     num_prototypes: K. eps, iterations, temperature, assignment: see `sigma_loss`.
     teacher: the DINO network, "vitb16" or "vits16". It is random until you load DINO's public file:
     model.teacher.load_state_dict(torch.load(file)). drop_path, recompute: see `Encoder`.
@@ -347,8 +347,8 @@ class SIGMA(nn.Module):
         """A training step's loss, and a dict of scalars to watch.
 
         video: [B, 3, T, H, W], ImageNet-normalised. mask: bool [B, S] from `tube_mask`. The dict is that of
-        `loss_statistics`; with loss "l2" it holds only `spread`, with pixels nothing. The loss starts near 2
-        ln K and may rise at first, as its targets change too: it is no measure of progress. All processes
+        `loss_statistics`; with loss "l2" it holds only `spread`, with pixels nothing. The loss starts near
+        2·ln K and may rise at first, as its targets change too: it is no measure of progress. All processes
         have to call this together. ValueError for shapes that the model was not built for."""
         check_inputs(self, video, mask)
         visible, masked = split_mask(mask, video.device)  # [B, V], [B, M]
@@ -430,7 +430,7 @@ class SIGMA(nn.Module):
 class Encoder(nn.Module):
     """The encoder of Ψ, a ViT on the given tubes: tubes [B, n, P], their indices [B, n] -> tokens [B, n, D].
 
-    drop_path: chance of skipping a branch, rising linearly from 0 in the first block to this. recompute: see
+    drop_path: chance of skipping a branch, rising linearly from 0 to this over the blocks. recompute: see
     `run_blocks`. Pastes with: TUBELET, Attention, Block, init_linear, run_blocks, sincos_table."""
     def __init__(self, num_tubes, patch, width, depth, heads, drop_path=0.0, recompute=False):
         super().__init__()
@@ -457,8 +457,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder of Ψ, a smaller ViT: tokens [B, n, d], masked ones last -> their features [B, M, E]. Pastes
-    with: Attention, Block, init_linear, run_blocks, sincos_table."""
+    """The decoder of Ψ, a smaller ViT: tokens [B, n, d] with positions added, masked ones last -> [B, M, E].
+    Pastes with: Attention, Block, init_linear, run_blocks, sincos_table."""
     def __init__(self, num_tubes, width, depth, heads, feature_width, recompute=False):
         super().__init__()
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
@@ -679,10 +679,10 @@ def demonstration(steps=100, batch=32, seed=0):
     for name, changes in runs.items():
         models[name] = SIGMA("tiny", num_prototypes=32, frames=4, image_size=32, **changes)
         optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-3)
-    textures = torch.randn(8, 3, 8, 8).tile(1, 1, 4, 4)  # [8, 3, 32, 32]: 8 x 8 random pixels, repeated
+    textures = torch.randn(8, 3, 8, 8).tile(1, 1, 4, 4)  # [8, 3, 32, 32]; period 8 is the size of a tube
 
     print("Collapse: spread is 0.1 or less (random weights: 0.6), or perplexity, prototypes in use, is 1.\n"
-          "Learning: no collapse, and agreement (tubes that both networks assign alike) far above 0.03.")
+          "Learning: no collapse, and agreement (tubes that both networks assign alike) far above 1/32.")
     for step in range(1, steps + 1):
         video = drifting_textures(textures, batch)
         mask = tube_mask(batch, steps=2, patches=16, ratio=0.75)
