@@ -1,18 +1,21 @@
-"""Videos for SIGMA: exact frames out of real files, sampled as in the paper, and tools for a data set.
+"""Videos for SIGMA: exact frames out of real files, the paper's sampling, and tools for a data set.
 
-    python data.py prepare SRC DST   re-encodes a data set for quick access to any clip
-    python data.py bench PATH        what a clip costs
+    python data.py prepare SRC DST   re-encodes a data set so that any clip is quick to reach
+    python data.py bench PATH        says what reading a clip costs
     python data.py demo DIR          writes the demo's videos
 
-From a file to a batch: video, clip, data set, loader. Frame n is the n-th of a full decode. Every clip, crop
-and mask is a function of (seed, epoch, index). A broken file is reported, and replaced by another draw."""
+The file reads from a video to a batch: what a file holds, reading its frames, which frames and which part of
+the picture a clip takes, the data set, the loader. After a rule come `prepare`, the demo and the command line.
+Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is reported, and
+another video is drawn in its place.
+"""
 import argparse
-import collections
+import bisect
 import colorsys
 import contextlib
+import errno
 import gc
 import hashlib
-import inspect
 import io
 import itertools
 import math
@@ -23,6 +26,8 @@ import signal
 import sys
 import threading
 import time
+import uuid
+from collections import deque
 from fractions import Fraction
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -36,261 +41,603 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-av.logging.set_level(av.logging.PANIC)  # what libav says per frame, VideoError says once
+av.logging.set_level(av.logging.PANIC)  # FFmpeg complains frame by frame; a VideoError says it once
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
-# No playlists (concat, hls, dash), which open other files
+# Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any memory
-MAX_KEPT_BYTES = 64 << 20  # larger files are read twice
-READ_SECONDS = 120  # after which a decoder is taken to hang
-IDLE_SECONDS = 60  # without a batch while no worker reads: an error
-WATCH_SECONDS = 1  # how often the loader looks after its workers
-ATTEMPTS = 20  # draws of a video, starts of workers, that may fail in a row
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any amount of memory
+MAX_KEPT_BYTES = 64 << 20  # the packets of larger files are not kept in memory
+ATTEMPTS = 20  # draws of a video, or starts of the workers, that may fail in a row
+
+
+def usable_cores():
+    """How many cores this process may use: those it is bound to, and no more than its container grants."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # Linux writes a container's share of time as "quota period", with "max" for no limit.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError):  # the same of older kernels, with -1 for no limit
+        quota = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
+        period = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
+        if quota > 0:
+            cores = min(cores, math.ceil(quota / period))
+    return max(1, cores)
+
+
+CORES = usable_cores()
 
 
 class VideoError(Exception):
-    """What is wrong with a video, in one line without its path."""
+    """What is wrong with a video file, in one line without its path."""
 
 
 class WorkerError(RuntimeError):
-    """Workers that end or stand still by no video's fault."""
+    """Loader workers that end or stand still through no video's fault."""
 
 
 @contextlib.contextmanager
 def file_errors():
-    """Whatever libav and the system raise about a file, as VideoError."""
+    """Turns what FFmpeg, PyAV and the system raise about a file into VideoError.
+
+    It stands around opening, demuxing and decoding alone, so that a wrong argument or a bug stays itself."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError) as error:
-        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(" ".join(text.split())) from None
+        raise VideoError(one_line(error)) from None
 
 
-# ============ video: any frame of a file, exactly ============
-class Video(contextlib.AbstractContextManager):
-    """An open video: `frames` is how many it shows, `read` decodes any of them. Raises VideoError.
+def one_line(error):
+    """The text of an exception on one line; of a system's error without the path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
-    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of showing
-    (`timed`), frame n is that of packet shown[n], decoded from a keyframe on; else frames are counted."""
-    @file_errors()
-    def __init__(self, path):
-        self.path, size = path, os.path.getsize(path)
-        if size == 0 or not os.path.isfile(path):  # a pipe would block
-            raise VideoError("is empty, or no regular file")
-        self.keep, self.cut = size <= MAX_KEPT_BYTES, None  # the packets; why the video's end is missing
-        self._open()
-        self._index()
 
-    def __exit__(self, *_):
-        self.container.close()
+# ============ what a file holds ============
+# FFmpeg, called through PyAV, does the work. Its words, each explained once:
+#
+#   stream             one track of a file: the video, the sound, subtitles
+#   packet             a compressed piece of a stream; of a video, as a rule, one frame
+#   demuxing           taking the packets out of a file, which is quick; decoding makes frames of them and is slow
+#   presentation time  when the frame of a packet is to be shown, in ticks of the stream's clock (`pts`)
+#   keyframe           a frame that needs no other one, so that decoding can start there
+#   B-frame            a frame made from an earlier and a later one. The file has the later one first, so packets
+#                      come in the order of decoding, and their times tell the order of showing
+#   open group         B-frames that follow a keyframe in the file but are shown before it, and need frames from
+#                      before the keyframe, too
+#   edit list          a note in an mp4 that some frames must be decoded but not shown
+#
+# The truth is a decode of the whole file: frame n is the n-th that comes out of it. It takes seconds. To enter
+# at a keyframe shortly before the wanted frames takes milliseconds, but asks for their times. So the whole file
+# is demuxed first, and the functions of `Index` say how far its times can be trusted. Behind each rule stands a
+# kind of file that needs it.
 
-    def _open(self):
-        limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another
-        # "file:": a name with a colon is no address
-        self.container = av.open(f"file:{self.path}", metadata_errors="ignore", container_options=limits)
-        self.stream = self.container.streams.best("video")  # the first may be a cover picture
-        self.codec = self.stream and self.stream.codec_context
-        if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
+def open_video(path):
+    """Opens a file -> (container, video stream), the file and one of its tracks. Raises VideoError."""
+    limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another one
+    options = {"container_options": limits}
+    if int(av.__version__.split(".")[0]) < 19:
+        options["metadata_errors"] = "ignore"  # a title in an old encoding; newer versions never mind
+    try:
+        container = av.open(f"file:{path}", **options)  # "file:": a name with a colon is no address
+    except av.ArgumentError:
+        raise VideoError("it is not a video: a picture, a playlist or an unknown format") from None
+    try:
+        stream = container.streams.best("video")  # the first may be a cover picture
+        if stream is None or stream.codec_context is None or is_cover(stream):
             raise VideoError("it has no video that FFmpeg can decode")
-        self.codec.thread_count = 1  # workers are the parallelism
-        # explode: damage is an error, not painted over
-        self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+        stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    except BaseException:
+        container.close()
+        raise
+    return container, stream
 
-    def _index(self):
-        """Demuxes the whole file: the video's packets, their times, which are keyframes or hidden."""
-        rows, last, mine, vp8 = [], None, self.stream.index, self.codec.name == "vp8"
+
+def is_cover(stream):
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+class Index:
+    """What demuxing says about a video: one entry a packet in each list, in the order of the file.
+
+    packets     the packets themselves; an empty list unless `keep`
+    times       presentation times, None where the file has none
+    sizes       bytes
+    keys        numbers of those packets that the file calls keyframes
+    hidden      whether an edit list hides the packet's frame
+    shown       numbers of the packets that are not hidden
+    cut         why the end of the video is missing, None if it is not"""
+    def __init__(self, container, stream, keep=True):
+        self.codec = stream.codec_context
+        self.packets = []
+        self.times = []
+        self.sizes = []
+        self.keys = []
+        self.hidden = []
+        self.cut = None
+        newest = None  # the last packet in the file
+        ends = {}  # the last packet of every stream
         try:
-            for packet in self.container.demux():
-                last = packet if packet.size else last  # no size: the end, or AVI's "as before"
-                if packet.size and packet.stream.index == mine:
-                    # cut off by an edit list, or VP8's hidden references (RFC 6386, 9.1)
-                    hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
-                    pts = math.nan if packet.pts is None else packet.pts  # NaN: before nothing
-                    rows.append((packet if self.keep else None, pts, packet.is_keyframe, hidden))
+            for packet in container.demux():
+                if packet.size == 0:  # the end of a stream, or AVI's "as before"
+                    continue
+                newest = packet
+                ends[packet.stream.index] = packet
+                if packet.stream.index == stream.index:
+                    self.add(packet, keep)
         except (av.FFmpegError, OSError) as error:  # what came before is good
-            self.cut = error.strerror or str(error)
-        # A file that was cut off ends in half a packet, of any stream. Headers count frames wrongly.
-        if last is not None and last.is_corrupt:
+            self.cut = one_line(error)
+        if newest is not None and newest.is_corrupt:
             self.cut = self.cut or "it ends in the middle of a frame"
-            rows = rows[:-1] if last.stream.index == mine else rows
-        self.packets, self.pts, keys, self.hidden = map(list, zip(*rows) if rows else ((),) * 4)
-        self.keys = [i for i, key in enumerate(keys) if key] or [0]
-
-        # What lies before the first keyframe, in either order, may lack what it refers to.
-        certain = True
-        for i, pts in enumerate(self.pts):
-            if not self.hidden[i] and (i < self.keys[0] or pts < self.pts[self.keys[0]]):
-                self.hidden[i], certain = True, False
-        self.shown = [i for i, hidden in enumerate(self.hidden) if not hidden]
-        self.frames, times = len(self.shown), [self.pts[i] for i in self.shown]
-        if not times:
-            raise VideoError(self.cut or "it has no frames")
-        # With B-frames, times in AVI or copied from there are invented; those of MPEG-4 anywhere.
-        complete = not any(map(math.isnan, times)) and len(set(times)) == len(times)
-        self.timed = certain and complete and not (self.codec.has_b_frames and (
-            {self.container.format.name, self.codec.name} & {"avi", "mpeg4"} or times == sorted(times)))
-        if self.timed:
-            self.shown.sort(key=self.pts.__getitem__)
-        seconds = (self.container.duration or 0) / av.time_base  # Matroska drops half packets
-        if complete and "matroska" in self.container.format.name and (
-                max(times) * self.stream.time_base < 0.9 * seconds - 1):
+            if newest.stream.index == stream.index:
+                self.drop_last()
+        self.shown = [number for number, hidden in enumerate(self.hidden) if not hidden]
+        if stops_early(container, ends.values()):
             self.cut = self.cut or "it is cut off"
 
-    def decode(self, first=0, end=None, wanted=None):
-        """Yields the frames of packets first to before end, in the decoder's order. wanted: times; packets
-        without are decoded only as far as others depend on them. Damage to what is shown raises."""
-        self.codec.flush_buffers()  # of an earlier reading
-        packets, start, self.doubts = self.packets, self.pts[first], {}
-        if not self.keep:  # a large file is demuxed again
-            self.container.close()
-            self._open()
-            packets = (packet for packet in self.container.demux(self.stream) if packet.size)
-        run = itertools.chain(itertools.islice(packets, first, end), [None])  # None: what it holds back
-        for i, packet in enumerate(run, first):
-            needed, frames = packet is None or wanted is None or packet.pts in wanted, []
-            self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
-            try:
-                frames = self.codec.decode(packet)
-            except av.FFmpegError as error:
-                if packet is None or not (self.hidden[i] or self.pts[i] < start):
-                    # H.264's complains at cuts and open groups, too: a doubt, until the frame comes out
-                    if packet is None or self.codec.name != "h264":
-                        raise
-                    self.doubts[packet.pts] = error
-            for frame in frames:
-                if frame.is_corrupt and (frame.pts is None or not frame.pts < start):
-                    raise VideoError("a frame is damaged")
-                self.doubts.pop(frame.pts, None)
-                yield frame
-        for error in self.doubts.values():
-            raise error
+    def add(self, packet, keep):
+        if packet.is_keyframe:
+            self.keys.append(len(self.times))
+        self.times.append(packet.pts)
+        self.sizes.append(packet.size)
+        self.hidden.append(packet.is_discard)
+        if keep:
+            self.packets.append(packet)
 
-    def _decode_near(self, numbers):
-        """Yields (n, frame) for ascending numbers, each from the last keyframe before it."""
-        runs = []  # [first, end] of packets; what lies between runs is skipped
-        for n in numbers:
-            position = self.shown[n]  # in an open group it is shown before the keyframe that it follows
-            first = max((key for key in self.keys if key <= position and self.pts[key] <= self.pts[position]),
-                        default=self.keys[0])
-            if not runs or first > runs[-1][1]:
-                runs.append([first, 0])
-            runs[-1][1] = max(runs[-1][1], position + 1)
-        wanted = {self.pts[self.shown[n]]: n for n in numbers}  # a frame carries the time of its packet
-        for first, end in runs:
-            newest = -math.inf
+    def drop_last(self):
+        """Takes back the last packet, of which the file holds a part."""
+        for column in (self.times, self.sizes, self.hidden):
+            column.pop()
+        if self.packets:
+            self.packets.pop()
+        if self.keys and self.keys[-1] == len(self.times):
+            self.keys.pop()
+
+    def shown_times(self):
+        return [self.times[number] for number in self.shown]
+
+    def times_tell_frames_apart(self):
+        """Every frame has a time of its own. Raw H.264 has no times at all."""
+        times = self.shown_times()
+        return None not in times and len(set(times)) == len(times)
+
+    def times_are_of_decoding(self):
+        """Where packets are reordered but their times ascend through the file, the times say when to decode.
+
+        So it is in AVI, which knows no others, and in files copied from it. MPEG-4's, which mostly come from
+        AVI (two frames in one packet, an empty packet after it), are never trusted."""
+        if not self.codec.has_b_frames:
+            return False
+        times = self.shown_times()
+        return self.codec.name == "mpeg4" or times == sorted(times)
+
+    def packets_may_not_be_frames(self, interlaced):
+        """Only a decode can tell how many frames come out of these."""
+        if self.codec.name == "mpeg4" and min(self.sizes) < 20:
+            return True  # a packet that says "not coded" shows nothing
+        if self.codec.name == "h264" and interlaced:
+            return True  # camcorders and broadcast put a frame's two fields into two packets
+        if self.codec.name == "vp8":
+            return True  # it has packets that are only referred to
+        return self.shows_before_keyframe()
+
+    def shows_before_keyframe(self):
+        """Frames before the first keyframe, in a copy that was cut out of a video, may lack what they need."""
+        if not self.keys:
+            return True
+        first = self.keys[0]
+        for number in self.shown:
+            if number < first or self.times[number] < self.times[first]:
+                return True
+        return False
+
+
+def stops_early(container, last_packets):
+    """Whether no stream reaches the end that the header tells: how a cut Matroska file is known, in which half
+    a packet is dropped silently. Where only the sound goes on, the file is whole."""
+    if "matroska" not in container.format.name or not container.duration:
+        return False
+    end = 0.0
+    for packet in last_packets:
+        if packet.pts is not None:
+            end = max(end, float(packet.pts * packet.time_base))
+    seconds = container.duration / av.time_base
+    return end < 0.9 * seconds - 1
+
+
+# ============ reading its frames ============
+# `Video` decides, by the index, from where it decodes; `read` makes clips. Whoever wants frames alone may use
+# `read_clip` and skip this section.
+
+class Video:
+    """An open video: `frames` is how many it shows, `read` gives any of them. To be used in a `with` statement.
+
+    `times` are the presentation times of the frames in the order of showing if they are good enough to enter
+    at a keyframe, else None: then frames are counted from the beginning. Raises VideoError."""
+    def __init__(self, path):
+        self.path = path
+        self.containers = []
+        try:
+            with file_errors():
+                check_is_file(path)
+                keep = os.path.getsize(path) <= MAX_KEPT_BYTES
+                self.open()
+                self.index = Index(self.container, self.stream, keep)
+            self.fresh = keep  # else the file has to be demuxed again
+            self.times = None
+            self.frames = len(self.index.shown)
+            self.counted = False  # whether `frames` was found by decoding
+            if self.frames > 0:
+                self.decide()
+            if self.frames == 0:
+                raise VideoError(self.cut or "it has no frames")
+        except BaseException:
+            self.close()  # a long run meets many broken files, and would be out of descriptors
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        for container in self.containers:
+            container.close()
+
+    def open(self):
+        """Opens the file (again), with a fresh decoder. What was opened before is kept: packets refer to it."""
+        self.container, self.stream = open_video(self.path)
+        self.containers.append(self.container)
+        self.codec = self.stream.codec_context
+        self.fresh = True
+
+    @property
+    def cut(self):
+        return self.index.cut
+
+    def decide(self):
+        """Finds `frames`, and `times` if they can be trusted."""
+        index = self.index
+        if not index.times_tell_frames_apart():
+            self.count()
+        elif index.times_are_of_decoding():
+            pass  # one frame a packet: to verify it would double what XviD costs
+        elif index.packets_may_not_be_frames(self.is_interlaced()):
+            foretold = sorted(index.shown_times())
+            if self.count() == foretold:
+                self.times = foretold
+        else:
+            self.times = sorted(index.shown_times())
+
+    def is_interlaced(self):
+        """Whether H.264 may be interlaced. A wrong yes costs a decode of the file."""
+        if self.codec.name != "h264":
+            return False
+        if hasattr(self.codec, "field_order"):
+            return self.codec.field_order != 1  # 1: known to be progressive
+        try:
+            two = list(itertools.islice(self.decode(), 2))  # before PyAV 18
+        except VideoError:
+            return True
+        return any(frame.interlaced_frame for frame in two)
+
+    def count(self):
+        """Decodes the whole file, sets `frames` and returns the times of all frames."""
+        times = []
+        try:
+            for frame in self.decode():
+                times.append(frame.pts)
+        except VideoError as error:
+            self.index.cut = self.cut or str(error)  # what came before is good
+        self.frames = len(times)
+        self.counted = True
+        return times
+
+    # ---- packets and decoder ----
+    def packets_from(self, first):
+        """The video's packets from number `first` on."""
+        if self.index.packets:
+            return iter(self.index.packets[first:])
+        if first > 0:
+            # A large file: as a rule we can jump to the keyframe.
+            with file_errors():
+                self.container.seek(self.index.times[first], stream=self.stream)
+                packets = self.demux()
+                packet = next(packets, None)
+            landed = first + 1
+            if packet is not None and packet.pts in self.index.times:
+                landed = self.index.times.index(packet.pts)
+            if landed <= first:
+                return itertools.islice(itertools.chain([packet], packets), first - landed, None)
+            self.open()  # in some ts and mpg we land too late
+        return itertools.islice(self.demux(), first, None)
+
+    def demux(self):
+        for packet in self.container.demux(self.stream):
+            if packet.size > 0:
+                yield packet
+
+    def decode(self, first=0, end=None, wanted=None):
+        """Yields what the decoder makes of the packets from `first` to before `end`, in the order of showing.
+
+        wanted: times of the frames that matter. H.264 and HEVC then leave out the frames that are neither
+        wanted nor needed by others, a quarter to half of the work."""
+        if first == 0 and not self.fresh:
+            self.open()  # a decoder that was used before may remember, a palette for instance
+        packets = self.packets_from(first)
+        if not self.fresh:
+            self.codec.flush_buffers()
+        self.fresh = False
+        if end is not None:
+            packets = itertools.islice(packets, end - first)
+        may_skip = wanted is not None and self.codec.name in ("h264", "hevc")
+        skips = False
+        for packet in itertools.chain(packets, [None]):  # None: what the decoder still holds back
+            skip = may_skip and packet is not None and packet.pts not in wanted
+            if skip != skips:
+                # AV1's decoder must never see this: it reads it once, when it opens.
+                self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
+                skips = skip
+            with file_errors():
+                frames = self.codec.decode(packet)
+            yield from frames
+
+    def decode_all(self):
+        """Yields every frame from the beginning. Raises VideoError where one is damaged or missing."""
+        count = 0
+        for frame in self.decode():
+            if frame.is_corrupt:
+                raise VideoError(f"frame {count} is damaged")
+            if self.times is not None and self.times[count:count + 1] != [frame.pts]:
+                raise VideoError(f"frame {count} is missing")
+            yield frame
+            count += 1
+        exact = self.counted or self.times is not None
+        if count == 0 or exact and count < self.frames:
+            raise VideoError(self.cut or f"frame {count} is missing")
+
+    # ---- frames by number: (n, frame) for ascending numbers n ----
+    def from_beginning(self, numbers):
+        wanted = set(numbers)
+        for n, frame in enumerate(self.decode_all()):
+            if n in wanted:
+                yield n, frame
+            if n == numbers[-1]:
+                return
+        if self.cut:
+            raise VideoError(self.cut)
+        self.frames = n + 1  # there were more packets than frames; the last frame is repeated
+        for number in numbers:
+            if number > n:
+                yield number, frame
+
+    def from_keyframes(self, numbers):
+        """Enters at the last keyframe before each wanted frame. What comes out has to prove that the keyframe
+        is one and that nothing is missing, else VideoError."""
+        for first, end, wanted in self.runs(numbers):
+            newest = None
             for frame in self.decode(first, end, wanted):
-                if frame.pts is None or frame.pts < newest:
-                    self.timed = False  # from now on frames are counted
+                if frame.pts is None:
+                    raise VideoError("a frame has no time")
+                if frame.pts < self.index.times[first]:
+                    continue  # of an open group, whose other frames were not decoded
+                if newest is None and first > 0:
+                    self.check_entry(frame)
+                if newest is not None and frame.pts <= newest:
                     raise VideoError("its times are not in order")
+                if frame.is_corrupt:
+                    raise VideoError("a frame is damaged")
                 newest = frame.pts
                 if newest in wanted:
-                    yield wanted[newest], frame
+                    yield wanted.pop(newest), frame
+            if wanted:
+                raise VideoError(f"frame {min(wanted.values())} is missing")
 
-    def _decode_counting(self, numbers):
-        """Yields (n, frame) for ascending numbers, counting from the beginning."""
-        count, frame = 0, None
-        for count, frame in enumerate(self.decode(), 1):
-            if self.timed and frame.pts != self.pts[self.shown[count - 1]]:
-                raise VideoError(f"frame {count - 1} is missing")
-            if count - 1 in numbers:
-                yield count - 1, frame
-            if count > numbers[-1] and not self.doubts:
-                return
-        if frame is None or self.cut:
-            raise VideoError(self.cut or "it has no frames")
-        self.frames = count  # more packets than frames: the last frame is repeated
-        yield from ((n, frame) for n in numbers if n >= count)
+    def check_entry(self, frame):
+        """Some files call every packet a keyframe (mp4 without a table of them, H.263 of phones, AVI without
+        an index). A picture of 8 bits needs the palette, which comes with the first packet alone."""
+        if not frame.key_frame or frame.format.name == "pal8":
+            raise VideoError("its keyframes are no good places to start")
+
+    def runs(self, numbers):
+        """Stretches of packets that hold these frames: (first, end, {time of a frame: its number})."""
+        packet_of = {self.index.times[number]: number for number in self.index.shown}
+        runs = []
+        for n in numbers:
+            time = self.times[n]
+            position = packet_of[time]
+            first = self.entry(position)
+            if not runs or first > runs[-1][1]:  # what lies between two runs is skipped
+                runs.append([first, position + 1, {}])
+            run = runs[-1]
+            run[1] = max(run[1], position + 1)
+            run[2][time] = n
+        return runs
+
+    def entry(self, position):
+        """The last keyframe that comes before a packet both in the file and in time."""
+        before = bisect.bisect_right(self.index.keys, position)
+        for key in reversed(self.index.keys[:before]):
+            time = self.index.times[key]
+            if time is not None and time <= self.index.times[position]:
+                return key
+        return 0
 
     def read(self, views, size=224):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
-        views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop: (x, y,
-        width, height) of the displayed picture, or a function of its width and height, or None: centred."""
-        last = self.frames - 1  # repeated beyond
-        if self.cut and max(max(numbers) for numbers, _ in views) > last:
+
+        views: list of (T frame numbers in any order, crop); beyond the end stands the last frame. crop: (x, y,
+        width, height) of the displayed picture, or a function of its width and height, or None: the centred
+        square. Raises VideoError, and ValueError for a crop that is not inside of the picture."""
+        views = [View(numbers, crop, size) for numbers, crop in views]
+        last = max(view.last() for view in views)
+        if self.cut and last >= self.frames:
             raise VideoError(self.cut)
-        views = [([min(n, last) for n in numbers], np.empty((3, len(numbers), size, size), np.uint8),
-                  FilterGraph(partial(crop_filters, crop=crop, size=size))) for numbers, crop in views]
-        wanted = sorted({n for numbers, *_ in views for n in numbers})
-        # From the beginning if need be: a keyframe may be no good place to start.
-        for decode in (self._decode_near, self._decode_counting)[0 if self.timed else 1:]:
-            missing = set(wanted)
+        for view in views:
+            view.stop_at(self.frames - 1)
+        wanted = sorted(set().union(*(view.numbers for view in views)))
+        ways = [self.from_beginning]
+        if self.times is not None:
+            ways.insert(0, self.from_keyframes)
+        for way in ways:
             try:
-                with file_errors():
-                    for n, frame in decode(wanted):
-                        missing.discard(n)
-                        for numbers, clip, graph in views:
-                            if places := [t for t, number in enumerate(numbers) if number == n]:
-                                clip[:, places] = graph.rgb(frame)[:, None]
-                if not missing:
-                    return [clip for _, clip, _ in views]
-                failure = "it does not come out"
+                for n, frame in way(wanted):
+                    for view in views:
+                        view.take(n, frame)
+                return [view.clip for view in views]
             except VideoError as error:
                 failure = error
         raise VideoError(f"frames {wanted[0]} to {wanted[-1]} of {self.frames} cannot be decoded: {failure}")
 
 
+def check_is_file(path):
+    """A pipe would block, a folder of frames is a common mistake in lists. Raises VideoError."""
+    if os.path.isdir(path):
+        raise VideoError("it is a folder: only video files can be read, no folders of frames")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise VideoError("it is no regular file")
+    if os.path.getsize(path) == 0:
+        raise VideoError("it is empty")
+
+
+class View:
+    """One clip in the making: the numbers of its frames, and the filters that make its pictures."""
+    def __init__(self, numbers, crop, size):
+        self.numbers = list(numbers)
+        self.clip = np.empty((3, len(self.numbers), size, size), np.uint8)
+        self.graph = FilterGraph(partial(crop_filters, crop=crop, size=size))
+
+    def last(self):
+        return max(self.numbers)
+
+    def stop_at(self, last):
+        self.numbers = [min(n, last) for n in self.numbers]
+
+    def take(self, n, frame):
+        """Puts frame n wherever the clip shows it."""
+        if n not in self.numbers:
+            return
+        picture = self.graph.rgb(frame)
+        for t, number in enumerate(self.numbers):
+            if number == n:
+                self.clip[:, t] = picture
+
+
 class FilterGraph:
-    """Turns frames as displayed, and filters them: one libavfilter graph for every geometry.
-    filters: displayed width and height -> [(filter, arguments), ...]."""
+    """Turns frames the way they are displayed, and filters them, in libavfilter: one graph for every geometry.
+
+    filters: a function of the displayed width and height -> [(name of a filter, its arguments), ...]."""
     def __init__(self, filters):
-        self.filters, self.graphs = filters, {}
+        self.filters = filters
+        self.graphs = {}
 
     def __call__(self, frame):
-        key = width, height, pixels = frame.width, frame.height, frame.format.name
+        key = (frame.width, frame.height, frame.format.name)
         if key not in self.graphs:
-            turn, graph = [], av.filter.Graph()
-            if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
-                graph.threads = 1
-            source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 25))
-            if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
-                a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()  # x' = ax + cy, ...
-                if abs(b) + abs(c) > abs(a) + abs(d):  # "cclock_flip" swaps the axes, and nothing else
-                    width, height, turn, a, d = height, width, [("transpose", "cclock_flip")], c, b
-                turn += [("hflip",)] * (a < 0) + [("vflip",)] * (d < 0)
-            if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
-                turn = [("format", "yuv444p16le"), *turn]
-            chain = [graph.add(*step) for step in [*turn, *self.filters(width, height), ("buffersink",)]]
-            graph.link_nodes(source, *chain).configure()
-            self.graphs[key] = graph
-        self.graphs[key].push(frame)
-        return self.graphs[key].pull()
+            turns, width, height = upright(frame)
+            steps = turns + self.filters(width, height)
+            with file_errors():
+                self.graphs[key] = self.build(frame, steps)
+        graph = self.graphs[key]
+        with file_errors():
+            graph.push(frame)
+            return graph.pull()
+
+    def build(self, frame, steps):
+        graph = av.filter.Graph()
+        if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
+            graph.threads = 1
+        source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name,
+                                  time_base=Fraction(1, 25))
+        chain = [source]
+        if frame.format.components[0].bits > 8:
+            # At an odd x libavfilter's crop would tear the chroma of these formats.
+            chain.append(graph.add("format", "yuv444p16le"))
+        for step in steps:
+            chain.append(graph.add(*step))
+        chain.append(graph.add("buffersink"))
+        graph.link_nodes(*chain)
+        graph.configure()
+        return graph
 
     def rgb(self, frame):
         """uint8 [3, height, width], where the filters end in planar RGB."""
         frame = self(frame)
-        g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
-        return np.stack([r, g, b])[:, :, :frame.width]  # lines are padded
+        planes = []
+        for plane in frame.planes:  # green, blue, red
+            lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            planes.append(lines[:, :frame.width])  # lines are padded
+        green, blue, red = planes
+        return np.stack([red, green, blue])
+
+
+def upright(frame):
+    """Filters that turn a frame as its file asks for, a phone's for instance, and its width and height then."""
+    width = frame.width
+    height = frame.height
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return [], width, height
+    # A pixel at (x, y) is displayed at (ax + cy, bx + dy).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    turns = []
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        turns.append(("transpose", "cclock_flip"))  # swaps the axes, and nothing else
+        width, height = height, width
+        a, d = c, b
+    if a < 0:
+        turns.append(("hflip",))
+    if d < 0:
+        turns.append(("vflip",))
+    return turns, width, height
 
 
 def crop_filters(width, height, crop, size):
-    """Filters for a crop (as Video.read has it) of such a picture, scaled to size x size planar RGB."""
-    crop = crop or square_crop
-    x, y, w, h = crop(width, height) if callable(crop) else crop
-    if min(x, y, w - 1, h - 1, width - x - w, height - y - h) < 0:
-        raise ValueError(f"the crop {x, y, w, h} is not inside {width}x{height}")
-    scale = f"{size}:{size}:flags=bilinear"  # planar RGB takes half the time of interleaved
-    return [("crop", f"{w}:{h}:{x}:{y}:exact=1"), ("scale", scale), ("format", "gbrp")]
+    """Filters that cut a crop (see Video.read) out of a picture of that size, scaled to size x size planar RGB."""
+    if crop is None:
+        crop = square_crop
+    if callable(crop):
+        crop = crop(width, height)
+    x, y, w, h = crop
+    inside = x >= 0 and y >= 0 and w >= 1 and h >= 1 and x + w <= width and y + h <= height
+    if not inside:
+        raise ValueError(f"the crop {x, y, w, h} is not inside of the picture, {width}x{height}")
+    return [("crop", f"{w}:{h}:{x}:{y}:exact=1"),
+            ("scale", f"{size}:{size}:flags=bilinear"),
+            ("format", "gbrp")]  # takes half the time of interleaved RGB
 
 
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
-    """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
+    """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video in the order of showing.
 
-    The last one is repeated where it is too short. start: None draws one (from `generator`). crop: (x, y,
-    width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
+    The last one is repeated where the video is too short. start: None draws one (from `generator`). crop: (x,
+    y, width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
     if the file cannot be read, ValueError for senseless arguments."""
-    if min(frames, stride, size) < 1 or (start or 0) < 0:
-        raise ValueError("frames, stride or size below 1, or start below 0")
+    if min(frames, stride, size) < 1:
+        raise ValueError("frames, stride and size must be 1 at least")
+    if start is not None and start < 0:
+        raise ValueError("start must be 0 at least")
     with Video(path) as video:
         if start is None:
             place = torch.rand((), generator=generator).item()
-            start = frame_numbers(video.frames, frames, stride, place)[0]
-        clip, = video.read([(range(start, start + frames * stride, stride), crop)], size)
+            numbers = frame_numbers(video.frames, frames, stride, place)
+        else:
+            numbers = range(start, start + frames * stride, stride)
+        [clip] = video.read([(numbers, crop)], size)
     return torch.from_numpy(clip).transpose(0, 1).contiguous()
 
 
+READ_SECONDS = 120
+IDLE_SECONDS = 60
+WATCH_SECONDS = 1
+import collections, inspect
 # ============ clip: which frames, which part of the picture ============
 def frame_numbers(total, frames, stride, place=0.5):
     """Numbers of `frames` frames out of `total`, a list; beyond the end where that is too short.
