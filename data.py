@@ -95,7 +95,9 @@ def one_line(error):
 # ============ what a file holds ============
 # FFmpeg, called through PyAV, does the work. Its words, each explained once:
 #
+#   container          an open file, and the format that holds it together: mp4, AVI, Matroska
 #   stream             one track of a file: the video, the sound, subtitles
+#   codec              a way to compress video (H.264, AV1), and here the decoder for it
 #   packet             a compressed piece of a stream; of a video, as a rule, one frame
 #   demuxing           taking the packets out of a file, which is quick; decoding, which makes frames of them,
 #                      is slow
@@ -183,10 +185,9 @@ class Index:
 def stops_early(container, last_packets):
     """Whether no stream reaches the end that the header tells. So a cut Matroska file is known, of which
     FFmpeg drops the last half of a packet silently. Where the sound alone goes on, the video is whole."""
-    if "matroska" not in container.format.name:
-        return False
     early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
-    return all(packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
+    return "matroska" in container.format.name and all(
+        packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
 
 
 # ============ reading its frames ============
@@ -220,6 +221,7 @@ class Video(AbstractContextManager):
     def __exit__(self, *_):
         self.opened.close()
 
+    @file_errors()
     def open(self):
         """Opens the file (again), with a fresh decoder. What was open before stays so: packets refer to
         it."""
@@ -240,6 +242,8 @@ class Video(AbstractContextManager):
     def decide(self):
         """Finds `frames`, and `times` where they can be trusted."""
         index = self.index
+        if not index.shown:
+            raise VideoError(index.cut or "it has no frames")
         self.times = None
         self.frames = len(index.shown)
         self.exact = True  # whether `frames` is sure
@@ -252,8 +256,6 @@ class Video(AbstractContextManager):
             doubtful = index.packets_may_not_be_frames() or self.is_interlaced()
             if doubtful and self.count() != self.times:
                 self.times = None
-        if self.frames == 0:
-            raise VideoError(index.cut or "it has no frames")
 
     def is_interlaced(self):
         """Whether this is H.264 of camcorders and broadcast, which can put the two fields of a frame into two
@@ -975,7 +977,7 @@ def announced(dataset, number, limit=READ_SECONDS):
     if number in dataset.bad:
         raise VideoError(dataset.bad[number])
     worker = get_worker_info()
-    if worker is None:
+    if worker is None or not isinstance(worker.dataset, Watched):  # a plain DataLoader's
         yield
         return
     row = worker.dataset.board[worker.id]
@@ -1340,7 +1342,6 @@ def bench(source, seconds=10, rate=100):
     second."""
     clips = Clips(find_videos(source))
     keys = chain.from_iterable(EpochSampler(len(clips), 1))
-    clips[next(keys)]  # warms up
     count = 0
     began = time.process_time()
     while time.process_time() < began + seconds:
