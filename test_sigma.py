@@ -733,26 +733,22 @@ def test_two_fields_are_one_frame(tmp_path):
         assert file.frames == 30                 # a clip is drawn from the frames there are
 
 
-@parametrize("share", [1, 0.4])
-def test_a_video_is_cut_off_where_no_stream_reaches_the_end(tmp_path, share):
-    """Matroska tells its length in the header; the sound may go on alone, and a cut drops half a packet."""
+def test_where_only_the_sound_goes_on_the_video_is_whole(tmp_path):
+    """Matroska tells its length in the header; a cut file is known by no stream reaching it."""
     path = tmp_path / "sound.mkv"
     with av.open(str(path), "w") as file:
-        video = file.add_stream("mjpeg", rate=5, width=W, height=H, pix_fmt="yuvj420p")
+        video = file.add_stream("mjpeg", rate=25, width=W, height=H, pix_fmt="yuvj420p")
         sound = file.add_stream("pcm_s16le", rate=8000, layout="mono")
         for n in range(N):
             file.mux(video.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24")))
         for second in range(20):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-            frame.rate, frame.pts = 8000, 8000 * second
-            file.mux(sound.encode(frame))
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
-    if share == 1:
-        assert video_whole(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
-    else:
-        assert video_whole(path, 3, 1, 2) == [2, 3, 4]
-        with pytest.raises(data.VideoError, match="cut off"):
-            data.read_clip(path, 2, 1, N)
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            silence.rate, silence.pts = 8000, 8000 * second
+            file.mux(sound.encode(silence))
+    assert video_whole(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 3])
+    with pytest.raises(data.VideoError, match="cut off"):
+        data.read_clip(path, 2, 1, N)
 
 
 def test_frames_that_nobody_wants_or_needs_are_not_decoded(video_file, tmp_path):
@@ -1255,12 +1251,17 @@ def test_videos_that_take_their_workers_along_are_left_out(monkeypatch):
     assert batches == [[bad.get(n, n) for n in batch] for batch in order]
 
 
+def video_deeds(deeds):
+    """The items of a data set of three, made one by one by a worker, and what it was given up for."""
+    dataset = VideoDeeds(deeds)
+    return list(data.load(dataset, [[(0, n)] for n in range(3)], 1, collate=list)), dataset.bad
+
+
 def test_slow_is_not_hung(monkeypatch):
     monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
-    monkeypatch.setattr(data, "IDLE_SECONDS", 1)
-    dataset = VideoDeeds({1: "slow", 2: "think"})
-    assert list(data.load(dataset, [[(0, n)] for n in range(3)], 1, collate=list)) == [[0], [1], [2]]
-    assert dataset.bad == {}
+    assert video_deeds({1: "slow"}) == ([[0], [1], [2]], {})
+    monkeypatch.setattr(data, "IDLE_SECONDS", 1.5)  # from here on workers are quick to start
+    assert video_deeds({2: "think"}) == ([[0], [1], [2]], {})
 
 
 @parametrize("deeds, message", [
@@ -1281,7 +1282,7 @@ def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypa
 
 def test_an_error_of_the_users_own_stays_itself():
     with pytest.raises(RuntimeError, match="line .*in __getitem__(.|\n)*a bug of") as error:
-        list(data.load(VideoDeeds({1: "bug"}), data.EpochSampler(3, 3, stop=9), workers=1, collate=list))
+        video_deeds({1: "bug"})
     assert not isinstance(error.value, data.WorkerError)
 
 
@@ -1449,17 +1450,13 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     assert not any(a[path] == c[path] for path in a if path.suffix == ".mp4")
     with pytest.raises(ValueError, match="not the demo of seed 1"):
         data.write_demo(tmp_path / "a", 1)
-    # Where the mask says object, the picture shows its texture: moved on with it, it stays the same.
-    pictures, masks = [[np.array(Image.open(path)).astype(float) for path in
-                        sorted((tmp_path / "a" / "davis" / kind / "dots-shake-00").iterdir())[1:3]]
-                       for kind in ("JPEGImages", "Annotations")]
-    moved, mask = [np.roll(x[0], (-5, -5), (0, 1)) for x in (pictures, masks)]
-    inside = (masks[1] == 1) & (mask == 1)
-    inside[:8], inside[-8:], inside[:, :8], inside[:, -8:] = False, False, False, False
-    assert inside.sum() > 500
-    assert np.corrcoef(moved.mean(-1)[inside], pictures[1].mean(-1)[inside])[0, 1] > 0.9
-    steps = np.abs(np.gradient(pictures[1].mean(-1), axis=1))        # elsewhere the picture is smoother
-    assert steps[masks[1] == 1].mean() > 2 * steps[masks[1] == 0].mean()
+    # Where the mask says object, the picture has a texture; elsewhere it is smoother.
+    folder = tmp_path / "a" / "davis"
+    picture = np.array(Image.open(folder / "JPEGImages" / "dots-shake-00" / "00002.jpg")).mean(-1)
+    mask = np.array(Image.open(folder / "Annotations" / "dots-shake-00" / "00002.png"))
+    steps = np.abs(np.gradient(picture, axis=1))
+    assert set(np.unique(mask)) == {0, 1, 2} and (mask == 1).sum() > 500
+    assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
 
 
 def video_demo(directory):
