@@ -205,10 +205,8 @@ class Video(AbstractContextManager):
         try:
             with file_errors():
                 size = getsize(path)
-                if isdir(path):  # a common mistake in lists
-                    raise VideoError("it is a folder: only video files can be read, no folders of frames")
                 if size == 0 or not isfile(path):  # a pipe would block
-                    raise VideoError("it is empty, or no regular file")
+                    raise VideoError("it is empty, or no file: folders of frames, for one, cannot be read")
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
@@ -1020,8 +1018,8 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     A video that hangs or crashes its worker twice is noted in dataset.bad, and its batch made again by fresh
     workers, with another draw; with workers=0 it takes the program down. Raises VideoError where draws fail
     too often in a row, WorkerError where no video is to blame or too many are; an error in the data set's own
-    code stays itself. dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self,
-    number)."""
+    code stays itself.
+    dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self, number)."""
     if workers == 0:
         yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         return
@@ -1174,8 +1172,11 @@ class Reencoder(Dataset):
 def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
     part = Path(path).parent / f".{uuid.uuid4().hex[:12]}.part"  # short, as names can be as long as they may
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # where the disk is full, or the name too long
 
 
 def prepare(source, directory, gop=16, short_side=256, workers=CORES):

@@ -649,11 +649,19 @@ def video_check(path, starts=None, stride=1):
 
 # ============ data.py: exact frames, files that are wrong, lists, clips ============
 
+def video_enter(path):
+    """Fails where the times are trusted, and yet a frame is not reached from the keyframe before it."""
+    with data.Video(path) as file:
+        for n in range(0, N if file.times else 0, 3):
+            assert [number for number, _ in file.from_keyframes([n])] == [n]
+
+
 @parametrize("name", VIDEO_FORMATS)
 def test_frames_are_the_ones_asked_for(video_file, name, monkeypatch):
     path = video_file(name)
     assert video_check(path) == N
     video_check(path, [0, 17, N - 8], stride=7)
+    video_enter(path)
     with data.Video(path) as file:
         lists = [[41, 3, 3, 28], [0, 17, 49, 49], [14, 15, 16, 17]]
         for _ in range(2):                       # a second reading of an open file as well
@@ -661,6 +669,7 @@ def test_frames_are_the_ones_asked_for(video_file, name, monkeypatch):
             assert [video_numbers(torch.from_numpy(clip).transpose(0, 1)) for clip in clips] == lists
     assert np.diff(video_whole(path, 4, 4, None, generator=data.seeded(3))).tolist() == [4, 4, 4]
     monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)  # of large files no packets are kept
+    video_enter(path)
     assert video_whole(path, 4, 5, 30) == [30, 35, 40, 45]
 
 
