@@ -226,8 +226,8 @@ class Video(AbstractContextManager):
         limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another one
         try:  # "file:": a name with a colon is no address
             container = av.open(f"file:{self.path}", container_options=limits, **LENIENT)
-        except av.ArgumentError:
-            raise VideoError("it is no video, but a picture, a playlist or something unknown")
+        except ValueError as error:  # among them "Invalid argument", for a format that is not allowed
+            raise VideoError(f"{one_line(error)}: it is damaged, or no video but a picture or playlist")
         self.container = self.opened.enter_context(container)
         self.stream = stream = container.streams.best("video")  # the first may be a cover picture
         if stream is None or stream.codec_context is None or stream.disposition & COVER:
