@@ -205,10 +205,8 @@ class Video(AbstractContextManager):
         try:
             with file_errors():
                 size = getsize(path)
-                if isdir(path):  # a common mistake in lists
-                    raise VideoError("it is a folder: only video files can be read, no folders of frames")
                 if size == 0 or not isfile(path):  # a pipe would block
-                    raise VideoError("it is empty, or no regular file")
+                    raise VideoError("it is empty, or no file: folders of frames, for one, cannot be read")
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
@@ -228,8 +226,8 @@ class Video(AbstractContextManager):
         limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another one
         try:  # "file:": a name with a colon is no address
             container = av.open(f"file:{self.path}", container_options=limits, **LENIENT)
-        except av.ArgumentError:
-            raise VideoError("it is no video, but a picture, a playlist or something unknown") from None
+        except ValueError as error:  # among them "Invalid argument", for a format that is not allowed
+            raise VideoError(f"{one_line(error)}: it is damaged, or no video but a picture or playlist")
         self.container = self.opened.enter_context(container)
         self.stream = stream = container.streams.best("video")  # the first may be a cover picture
         if stream is None or stream.codec_context is None or stream.disposition & COVER:
@@ -250,7 +248,10 @@ class Video(AbstractContextManager):
         if not index.times_tell_frames_apart():
             self.count()
         elif index.times_are_of_decoding():
-            self.exact = False  # a frame for each packet: to verify that would double what XviD's files cost
+            # A frame for each packet: to verify that would double what XviD's files cost.
+            self.exact = index.shows_before_keyframe()
+            if self.exact:
+                self.count()
         else:
             self.times = sorted(index.shown_times)
             doubtful = index.packets_may_not_be_frames() or self.is_interlaced()
@@ -589,7 +590,9 @@ class Videos:
         self.root = root
         self.names = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
         self.ends = torch.tensor([0] + [len(name) for name in encoded]).cumsum(0)
-        self.labels = torch.tensor(labels or [-1] * len(names))
+        if labels is None:
+            labels = [-1] * len(names)
+        self.labels = torch.tensor(labels)
         self.classes = classes
 
     def __len__(self):
@@ -745,8 +748,8 @@ class Clips(Dataset):
                 bad.append((path, str(error)))
         if self.train:
             raise VideoError(f"{ATTEMPTS} draws in a row failed; the last: {path}: {bad[-1][1]}")
-        empty = torch.zeros(math.prod(self.views), 3, self.frames, self.size, self.size, dtype=torch.uint8)
-        return {"video": empty, "label": -1, "index": -1, "bad": bad}
+        shape = (math.prod(self.views), 3, self.frames, self.size, self.size)
+        return {"video": torch.zeros(shape, dtype=torch.uint8), "label": -1, "index": -1, "bad": bad}
 
     def choose(self, total, generator):
         """R views, (frame numbers, crop), of a video of `total` frames."""
@@ -815,8 +818,9 @@ class Scenes(Dataset):
         except VideoError as error:
             bad.append((str(pairs[0][0].parent), str(error)))
             number = -1
-            video = torch.zeros(1, 3, self.frames, self.size, self.size, dtype=torch.uint8)
-            truth = torch.full((self.frames, self.size, self.size), -1)
+            shape = (self.frames, self.size, self.size)
+            video = torch.zeros(1, 3, *shape, dtype=torch.uint8)
+            truth = torch.full(shape, -1)
         return {"video": video, "truth": truth, "label": -1, "index": number, "bad": bad}
 
     def read(self, pairs):
@@ -824,8 +828,8 @@ class Scenes(Dataset):
         # The last one again where the video is too short.
         numbers = frame_numbers(len(pairs), self.frames, self.stride)
         chosen = [pairs[min(n, len(pairs) - 1)] for n in numbers]
-        square = (self.size, self.size)
-        pictures = [Image.open(frame).convert("RGB").resize(square, Image.BILINEAR) for frame, _ in chosen]
+        pictures = [Image.open(frame).convert("RGB").resize((self.size, self.size), Image.BILINEAR)
+                    for frame, _ in chosen]
         video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]
         truth = torch.from_numpy(np.stack([open_mask(mask) for _, mask in chosen]))
         objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
@@ -856,9 +860,8 @@ def collate(items):
     for key in ("video", "mask", "truth"):
         if key in items[0]:
             batch[key] = torch.cat([item[key] for item in items])
-    views = len(items[0]["video"])
     for key in ("label", "index"):
-        batch[key] = torch.tensor([item[key] for item in items]).repeat_interleave(views)
+        batch[key] = torch.tensor([item[key] for item in items]).repeat_interleave(len(items[0]["video"]))
     return batch
 
 
@@ -919,8 +922,8 @@ class EpochSampler:
             raise ValueError(f"{self.batch_size} clips of {self.length} videos cannot be "
                              f"{self.repeats} clips a video")
         self.videos = self.batch_size // self.repeats  # in a batch
-        whole = self.length // (self.videos * self.world * self.accumulate)
-        self.steps_per_epoch = max(1, whole) * self.accumulate
+        self.steps_per_epoch = self.accumulate * max(
+            1, self.length // (self.videos * self.world * self.accumulate))
 
     def __iter__(self):
         permuted = None
@@ -999,7 +1002,7 @@ def preload_workers():
     try:
         forkserver.ensure_running()
     except OSError as error:
-        raise WorkerError(f"workers cannot start ({error}): is TMPDIR's name too long?") from None
+        raise WorkerError(f"workers cannot start ({error}): is TMPDIR's name too long?")
 
 
 def start_worker(_):
@@ -1020,8 +1023,8 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     A video that hangs or crashes its worker twice is noted in dataset.bad, and its batch made again by fresh
     workers, with another draw; with workers=0 it takes the program down. Raises VideoError where draws fail
     too often in a row, WorkerError where no video is to blame or too many are; an error in the data set's own
-    code stays itself. dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self,
-    number)."""
+    code stays itself.
+    dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self, number)."""
     if workers == 0:
         yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         return
@@ -1055,7 +1058,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
                         busy = monotonic()
                     if monotonic() > busy + IDLE_SECONDS:
                         raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker makes one: is "
-                                          "/dev/shm full (docker's --shm-size)?") from None
+                                          "/dev/shm full (docker's --shm-size)?")
                 else:
                     starts = 0
                     next(keys)
@@ -1092,7 +1095,7 @@ def judge(error, workers, board):
             reason = "out of memory, or is /dev/shm full (docker's --shm-size)?"
             if code == 1:  # it could not even start
                 reason = 'does the program begin below `if __name__ == "__main__":`? Workers import it, too'
-            raise WorkerError(f"a worker has ended (exit code {code}): {reason}") from None
+            raise WorkerError(f"a worker has ended (exit code {code}): {reason}")
     if lost and not blamed:
         raise WorkerError(f"workers are lost, try again: {one_line(error)}") from None
     if not blamed and "DataLoader timed out" not in str(error):
@@ -1174,8 +1177,11 @@ class Reencoder(Dataset):
 def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
     part = Path(path).parent / f".{uuid.uuid4().hex[:12]}.part"  # short, as names can be as long as they may
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # where the disk is full, or the name too long
 
 
 def prepare(source, directory, gop=16, short_side=256, workers=CORES):
@@ -1348,7 +1354,7 @@ def bench(source, seconds=10, rate=100):
         clips[next(keys)]
         count += 1
     cost = (time.process_time() - began) / count
-    print(f"{count} clips, {1 / cost:.1f} a CPU-second; {rate} a second take {rate * cost:.1f} cores")
+    print(f"{1 / cost:.1f} clips a CPU-second; {rate} a second take {rate * cost:.1f} cores")
 
 
 COMMANDS = {
