@@ -6,8 +6,8 @@
 
 The file reads from a video to a batch: what a file holds, reading its frames, which frames and which part of
 the picture a clip takes, the data set, the loader. After a rule come `prepare`, the demo and the command
-line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is reported,
-and another video is drawn in its place."""
+line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is reported;
+in training another video is drawn in its place."""
 import argparse
 import bisect
 import colorsys
@@ -50,7 +50,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-# A title in an old encoding is no error. PyAV 19 never minds, and has no such argument.
+# A title in an old encoding is no error. PyAV 19 takes it for none either, and lacks this argument.
 LENIENT = {"metadata_errors": "ignore"} if av.__version__ < "19" else {}
 COVER = av.stream.Disposition.attached_pic  # a still picture, no video
 MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any amount of memory
@@ -71,14 +71,15 @@ class VideoError(Exception):
 
 
 class WorkerError(RuntimeError):
-    """Loader workers that end or stand still through no video's fault."""
+    """The loader cannot go on: workers ended or stood still, or too many videos took them along."""
 
 
 @contextmanager
 def file_errors():
-    """Turns what FFmpeg, PyAV and the system raise about a file into VideoError.
+    """Turns what FFmpeg, PyAV, Pillow (SyntaxError) and the system raise about a file into VideoError.
 
-    It stands around opening, demuxing and decoding alone, so that a wrong argument or a bug stays itself."""
+    It stands around the code that touches files and frames, so that a wrong argument or a user's bug stays
+    what it is."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError,
@@ -109,15 +110,15 @@ def one_line(error):
 #                      from before the keyframe, too
 #   edit list          a note in an mp4 that some frames must be decoded but not shown
 #
-# The truth is a decode of the whole file: frame n is the n-th that comes out of it. It takes seconds. To
-# enter at a keyframe shortly before the wanted frames takes milliseconds, but asks for their times. So the
-# whole file is demuxed first, and the functions of `Index` say how far its times can be trusted. Behind each
-# rule stands a kind of file that needs it.
+# The truth is a decode of the whole file: frame n is the n-th to come out, from 0. That takes seconds. To
+# start at a keyframe shortly before the wanted frames takes milliseconds, but needs times that are right. So
+# each opening demuxes (that is, reads) the whole file, and the functions of `Index` say how far its times can
+# be trusted. For each rule there is a kind of file that breaks without it.
 
 class Index:
     """What demuxing says about a video. Packets are numbered in the order of the file.
 
-    packets     the packets themselves; an empty list unless `keep`
+    packets     the packets themselves (a damaged last one, too); an empty list unless `keep`
     times       their presentation times, None where the file has none
     keys        numbers of those that the file calls keyframes
     shown       numbers of those that are shown, so not hidden by an edit list
@@ -132,7 +133,7 @@ class Index:
         ends = {}  # the last packet of every stream
         try:
             for packet in container.demux():
-                if packet.size == 0:  # the end of a stream, or AVI's "as before"
+                if packet.size == 0:  # the end of a stream, or in AVI "the last frame again"
                     continue
                 ends[packet.stream.index] = newest = packet
                 if packet.stream.index == stream.index:
@@ -160,42 +161,44 @@ class Index:
         return None not in self.times and len(set(self.shown_times)) == len(self.shown)
 
     def times_are_of_decoding(self):
-        """Where packets are reordered but their times ascend through the file, the times say when to decode.
-
-        So it is in AVI, which knows no other times, and in files copied from it. MPEG-4 mostly comes from
-        AVI, with two frames in one packet and an empty packet after it, and its times are never trusted."""
+        """Whether the times say when to decode: frames are reordered, but their times ascend through the
+        file. So it is in AVI, which knows no other times, and in copies of it. MPEG-4 mostly comes from AVI
+        (two frames in one packet, then an empty one): with B-frames its times are never trusted."""
         ascend = self.shown_times == sorted(self.shown_times)
         return self.codec.has_b_frames and (ascend or self.codec.name == "mpeg4")
 
     def packets_may_not_be_frames(self):
-        """Where only a decode can tell how many frames come out."""
+        """Whether only a decode can tell how many frames come out."""
         if self.codec.name == "mpeg4" and self.smallest < 20:
-            return True  # a packet that says "not coded" shows nothing
+            return True  # so small a packet may say "not coded", and shows nothing
         if self.codec.name == "vp8":
-            return True  # some of its packets are only referred to
+            return True  # some of its packets are never shown, other frames only refer to them
         return self.shows_before_keyframe()
 
     def shows_before_keyframe(self):
-        """Frames before the first keyframe, in a copy cut out of a video, may lack what they refer to."""
+        """Whether frames come before the first keyframe, as in a copy cut out of a video: they may lack what
+        they refer to. For files whose times are complete."""
         if not self.keys or self.shown[0] < self.keys[0]:
             return True
         return min(self.shown_times) < self.times[self.keys[0]]
 
 
 def stops_early(container, last_packets):
-    """Whether no stream reaches the end that the header tells. So a cut Matroska file is known, of which
-    FFmpeg drops the last half of a packet silently. Where the sound alone goes on, the video is whole."""
+    """Whether every stream stops well before the length in the header, a sign that a Matroska file is cut:
+    FFmpeg drops its half packet at the end silently. If the sound alone goes on, the video is whole."""
     early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
     return "matroska" in container.format.name and all(
         packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
 
 
 # ============ reading its frames ============
-# `Video` decides, by the index, from where it decodes; `read` makes clips. Whoever wants frames alone may use
-# `read_clip` and skip this section.
+# `Video` decides, by the index, from where it decodes; `read` makes clips. If you want frames alone, call
+# `read_clip` below. To copy it, take all from VideoError down to it, then frame_numbers and square_crop.
 
 class Video(AbstractContextManager):
-    """An open video: `frames` is how many it shows, `read` gives any of them. For a `with` statement.
+    """An open video: `frames` is how many it shows (perhaps fewer, unless `exact`), `read` gives any of them.
+    For a `with` statement. A video whose end is missing (index.cut) is as long as what is left; only a clip
+    that reaches beyond that is an error.
 
     `times` are the presentation times of the frames in the order of showing where they are good enough to
     enter at a keyframe, else None: then frames are counted from the beginning. Raises VideoError."""
@@ -210,7 +213,9 @@ class Video(AbstractContextManager):
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
-            self.fresh = self.keep  # without its packets, the file has to be opened and demuxed again
+            # Fresh: the decoder was not used, and packets are at hand or the file is at its start. Indexing
+            # has read the file to its end.
+            self.fresh = self.keep
             self.decide()
         except BaseException:
             self.opened.close()  # a long run meets many broken files, and must not run out of descriptors
@@ -260,7 +265,7 @@ class Video(AbstractContextManager):
 
     def is_interlaced(self):
         """Whether this is H.264 of camcorders and broadcast, which can put the two fields of a frame into two
-        packets. A wrong yes costs a decode of the file, and no more."""
+        packets. A wrong yes is safe, but costs a decode of the file at each opening."""
         if self.codec.name != "h264":
             return False
         if hasattr(self.codec, "field_order"):
@@ -302,7 +307,7 @@ class Video(AbstractContextManager):
         wanted: times of the frames that matter. H.264 and HEVC then leave out frames that are neither wanted
         nor needed by others, a quarter to half of the work."""
         if first == 0 and not self.fresh:
-            self.open()  # a decoder that was used before may remember, a palette for instance
+            self.open()  # back to the start; and a used decoder may remember, a palette for instance
         if end is None:
             end = len(self.index.times)
         packets = islice(self.packets_from(first), end - first)
@@ -349,7 +354,7 @@ class Video(AbstractContextManager):
         is one and that nothing is missing, else VideoError."""
         for first, end, wanted in self.runs(numbers):
             start = self.index.times[first]
-            newest = start - 1
+            newest = start - 1  # no frame yet
             for frame in self.decode(first, end, wanted):
                 if frame.pts is not None and frame.pts < start:
                     continue  # of an open group, whose other frames were not decoded
@@ -453,7 +458,7 @@ def build_graph(frame, steps):
     graph = av.filter.Graph()
     if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
         graph.threads = 1
-    if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
+    if frame.format.components[0].bits > 8:  # libavfilter's crop at an odd x would shift their colours
         steps = [("format", "yuv444p16le"), *steps]
     links = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name,
                               time_base=Fraction(1, 25))]
@@ -499,9 +504,9 @@ def crop_filters(width, height, crop, size):
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
     """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
 
-    The last one is repeated where the video is too short. start: None draws one (from `generator`). crop: (x,
-    y, width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
-    if the file cannot be read, ValueError for senseless arguments."""
+    Beyond the end stands the last frame; if the end is cut off, VideoError. start: None draws one (from
+    `generator`). crop: as in Video.read, scaled bilinearly to a square. Raises VideoError if the file cannot
+    be read, ValueError for senseless arguments."""
     if min(frames, stride, size) < 1 or start is not None and start < 0:
         raise ValueError("frames, stride or size below 1, or start below 0")
     with Video(path) as video:
@@ -516,8 +521,7 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 # ============ clip: which frames, which part of the picture ============
 
 def frame_numbers(total, frames, stride, place=0.5):
-    """Numbers of `frames` frames out of `total`, a list; where the video is too short they run beyond its
-    end.
+    """A list of `frames` frame numbers out of `total`; with a stride they may run beyond a short video.
 
     stride >= 1: every stride-th frame (Kinetics); place, 0 to 1, says where in the video the clip lies.
     stride 0: one frame out of each of `frames` equal parts of the video (Something-Something); place, a
@@ -688,7 +692,8 @@ WHICH, WHERE, MASK, AUGMENT = range(4)  # what a draw is for: with the key, the 
 
 @dataclass
 class Clips(Dataset):
-    """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
+    """Clips of videos, each a function of (seed, epoch, index), and of `bad`. `clips[epoch, index]` is one
+    item:
 
         video  uint8 [R, 3, T, size, size], RGB, for `normalize`
         mask   bool [R, N], by mask(generator=...), a picklable callable
@@ -715,7 +720,7 @@ class Clips(Dataset):
     transform: object = None
 
     def __post_init__(self):
-        self.bad = {}  # number of a video -> why the loader leaves it out
+        self.bad = {}  # number of a video that hung or crashed twice -> why; it is not opened again
 
     def __len__(self):
         return len(self.videos)
@@ -725,7 +730,7 @@ class Clips(Dataset):
         item = self.read(int(key[1]) % len(self), draw)
         if self.train and self.transform:
             with torch.random.fork_rng(devices=[]):  # puts the global generator back
-                torch.manual_seed(draw(AUGMENT).initial_seed())
+                torch.default_generator.manual_seed(draw(AUGMENT).initial_seed())  # not the GPU's
                 views = [self.transform(view) for view in item["video"].transpose(1, 2)]
             item["video"] = torch.stack(views).transpose(1, 2)
         if self.mask:
@@ -763,8 +768,8 @@ class Clips(Dataset):
         return views
 
     def spread(self, total):
-        """Evaluation's views: every crop of every clip. Dense clips reach from end to end of the video, as
-        VideoMAE's; spread ones interleave."""
+        """Evaluation's views: every crop of every clip. With a stride, the first clip starts and the last one
+        ends with the video, as in VideoMAE; with stride 0 the clips interleave."""
         clips, crops = self.views
         views = []
         for clip, crop in product(range(clips), range(crops)):
@@ -878,8 +883,8 @@ def normalize(video, dtype=torch.float32):
 
 
 def batches_to_device(batches, device):
-    """The batches with their videos on the device. To a GPU the next one is copied, on a stream of its own,
-    while the current one is worked on."""
+    """The batches, on a CUDA device with their videos copied there (nothing else is), on a stream of its own
+    while the batch before is worked on; on other devices as they are."""
     if device.type != "cuda":
         yield from batches
         return
@@ -900,8 +905,8 @@ def batches_to_device(batches, device):
 
 @dataclass
 class EpochSampler:
-    """Batches of (epoch, index) of one rank, steps `start` to before `stop` (None: no end). Raises
-    ValueError.
+    """One rank's batches of (epoch, index), numbers `start` to before `stop` (None: no end); `accumulate` of
+    them make one optimizer step. Raises ValueError.
 
     batch_size counts clips of this rank, `repeats` of them from each video. Every epoch is a permutation by
     (seed, epoch), cut into global batches, and these into the ranks' parts. What does not fill the last batch
@@ -919,8 +924,7 @@ class EpochSampler:
 
     def __post_init__(self):
         if min(self.length, self.batch_size, self.repeats) < 1 or self.batch_size % self.repeats:
-            raise ValueError(f"{self.batch_size} clips of {self.length} videos cannot be "
-                             f"{self.repeats} clips a video")
+            raise ValueError(f"a batch of {self.batch_size} clips cannot hold {self.repeats} of each video")
         self.videos = self.batch_size // self.repeats  # in a batch
         self.steps_per_epoch = self.accumulate * max(
             1, self.length // (self.videos * self.world * self.accumulate))
@@ -1017,14 +1021,14 @@ def start_worker(_):
 
 
 def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetch=2):
-    """Yields the batches of these lists of keys (an EpochSampler's), made by `workers` processes, each of
-    them `prefetch` batches ahead.
+    """Yields a batch for each of these lists of keys (an EpochSampler's), made by `workers` processes, each
+    `prefetch` batches ahead.
 
-    A video that hangs or crashes its worker twice is noted in dataset.bad, and its batch made again by fresh
-    workers, with another draw; with workers=0 it takes the program down. Raises VideoError where draws fail
-    too often in a row, WorkerError where no video is to blame or too many are; an error in the data set's own
-    code stays itself.
-    dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self, number)."""
+    After a crash or a hang fresh workers make the batch again: first with the same video, then, noted in
+    dataset.bad, without it. With workers=0 it takes the program down. Raises VideoError where draws fail too
+    often in a row, WorkerError where no video is to blame, or too many are; an error in the data set's own
+    code stays itself. dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self,
+    number)."""
     if workers == 0:
         yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         return
@@ -1035,19 +1039,19 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     while starts < ATTEMPTS:
         board = torch.full((workers, 3), NOTHING, dtype=torch.float64).share_memory_()
         keys, asked = tee(keys)  # the workers are asked for batches before `keys` gets there
-        # The timeout leaves the DataLoader whole: it is the time to look after the workers.
+        # After its timeout a DataLoader can be asked again: that is the time to look after the workers.
         loader = DataLoader(
             Watched(dataset, board, strikes), batch_sampler=asked, num_workers=workers,
             multiprocessing_context=START_METHOD, worker_init_fn=start_worker, timeout=WATCH_SECONDS,
             pin_memory=pin_memory, collate_fn=collate, prefetch_factor=prefetch)
         iterator = None
         blamed = {}
-        busy = monotonic()  # when a worker was last seen to make something
         try:
             while not blamed:
                 try:
                     if iterator is None:
                         iterator = iter(loader)
+                        busy = monotonic()  # when a worker was last seen to make something, or started
                     batch = next(iterator)
                 except StopIteration:
                     return
@@ -1092,7 +1096,7 @@ def judge(error, workers, board):
         elif video != NOTHING and (code in CRASHES or code >= 0xC0000000):
             blamed[int(video)] = "its decoder crashed"
         else:
-            reason = "out of memory, or is /dev/shm full (docker's --shm-size)?"
+            reason = "is memory full, or /dev/shm (docker's --shm-size)?"
             if code == 1:  # it could not even start
                 reason = 'does the program begin below `if __name__ == "__main__":`? Workers import it, too'
             raise WorkerError(f"a worker has ended (exit code {code}): {reason}")
