@@ -622,7 +622,7 @@ def announced(dataset, number, limit=READ_SECONDS):
         row[0] = IDLE
 
 
-def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
+def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetch=2):
     """Yields the batches of these lists of keys (an EpochSampler's), made by `workers` processes.
 
     A video that hangs or crashes its worker is noted in dataset.bad, and its batch made again by fresh
@@ -641,7 +641,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate):
         loader = DataLoader(
             dataset, batch_sampler=(pending.append(k) or k for k in keys), num_workers=workers,
             multiprocessing_context=START_METHOD, worker_init_fn=start_worker, timeout=WATCH_SECONDS,
-            pin_memory=pin_memory, collate_fn=collate)
+            pin_memory=pin_memory, collate_fn=collate, prefetch_factor=prefetch)
         made, since, blamed = None, time.monotonic(), {}
         try:
             while not blamed:
