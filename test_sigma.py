@@ -1293,14 +1293,18 @@ def run_here(videos, out, *flags):
 
 
 class Apart:
-    """train.main in `world` processes of its own, a process group as torchrun describes it."""
+    """train.main in processes of its own, which share a process group as torchrun would describe it.
+
+    They run while the test goes on: it can wait for lines of their log, send them signals, and at last `end`
+    them. world: how many. file_size: no file grows beyond so many bytes, as on a full disk."""
     def __init__(self, *arguments, world=1, file_size=None):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-        group.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world)))
-        self.said, self.ranks = Path(tempfile.mkstemp()[1]), []
-        for rank in map(str, range(world)):
-            environ = {**group, "RANK": rank, "LOCAL_RANK": rank}
+        with socket.create_server(("127.0.0.1", 0)) as server:                       # finds a port that is free
+            port = str(server.getsockname()[1])
+        self.said = Path(tempfile.mkstemp()[1])  # what they print, together
+        self.ranks = []
+        for rank in range(world):
+            environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
+                       "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             process = FORKED.Process(target=self.work, args=(self.said, environ, arguments, file_size))
             process.start()
             self.ranks.append(process)
@@ -1308,6 +1312,7 @@ class Apart:
 
     @staticmethod
     def work(said, environ, arguments, file_size):
+        """What runs in each of them."""
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 1)
         os.dup2(1, 2)
         os.environ.update(environ)
@@ -1320,6 +1325,7 @@ class Apart:
             os.kill(rank.pid, signum)
 
     def wait(self, out, lines):
+        """Returns when the log in `out` has so many lines."""
         deadline = time.monotonic() + 60
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines:
             assert all(rank.is_alive() for rank in self.ranks), self.said.read_text()
@@ -1327,7 +1333,7 @@ class Apart:
             time.sleep(0.01)
 
     def end(self, code=0):
-        """Waits for them -> what they printed."""
+        """Waits until they have ended, all with this exit code -> what they printed."""
         for rank in self.ranks:
             rank.join(120)
         output = self.said.read_text()
@@ -1337,27 +1343,35 @@ class Apart:
 
 
 def beside(scenario):
-    """A test of what only starts processes and waits for them: in a thread, beside this process's tests."""
+    """Decorates a test that mostly waits for other processes: it starts with the first test of the session,
+    in a thread, and pytest's own test of that name only asks for its result. Fixtures are passed as
+    usual."""
     def test(scenarios):
         scenarios[scenario].result()
-    test.__name__, test.scenario = scenario.__name__, scenario
+    test.__name__ = scenario.__name__
+    test.scenario = scenario
     return test
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scenarios(request, tmp_path_factory):
-    """function -> Future, of every chosen test that is `beside`, two at a time."""
-    pool, futures = ThreadPoolExecutor(2), {}
+    """Starts every chosen test that is `beside`, two at a time. {its function: the Future of its result}"""
     chosen = [item.obj.scenario for item in request.session.items if hasattr(item.obj, "scenario")]
-    if chosen:
+    if chosen:  # the fork server imports everything once, so that its children start at once
         FORKED.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.utils", "train", __name__])
+    pool = ThreadPoolExecutor(2)
+    futures = {}
     for scenario in chosen:
-        arguments = {name: tmp_path_factory.mktemp("beside") if name == "tmp_path"
-                     else request.getfixturevalue(name) for name in inspect.signature(scenario).parameters}
-        futures[scenario] = pool.submit(scenario, **arguments)
+        fixtures = {}
+        for name in inspect.signature(scenario).parameters:
+            if name == "tmp_path":  # a session has none
+                fixtures[name] = tmp_path_factory.mktemp("beside")
+            else:
+                fixtures[name] = request.getfixturevalue(name)
+        futures[scenario] = pool.submit(scenario, **fixtures)
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in STARTED:
+    for process in STARTED:  # what a failing test has left behind
         process.kill()
     pool.shutdown()
 
@@ -1522,8 +1536,13 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     log, out, steps = whole.log, whole.out, [record for record in whole.log if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 13))
     peak, floor = 0.05 * 4 / 256, 1e-5 * 4 / 256
+    run, = read_log(out, runs=True)
+    assert json.loads((out / "log.jsonl").open().readline()) == {"run": run}          # the first line
+    assert run["lr"] == 0.05 and run["torch"] == torch.__version__ and run["device"] == "cpu"
+    assert run["parameters"] == sum(p.numel() for p in tiny(num_prototypes=8).parameters())
     for i, record in enumerate(steps):
-        assert {"clips_per_second", "data_wait", "agreement", "perplexity", "spread"} <= set(record)
+        assert {"clips_per_second", "data_wait", "agreement", "perplexity", "spread", "grad_norm",
+                "peak_gpu_gib"} <= set(record)
         assert record["epoch"] == i // 2
         assert record["loss"] == pytest.approx(record["loss_video"] + record["loss_projection"], rel=1e-5)
         cosine = (1 + math.cos(math.pi * (i - 2) / 10)) / 2
@@ -1569,6 +1588,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, videos, tmp_path, ca
     assert sigma.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
     run_here(*flags)
     same_run(tmp_path, whole.out)
+
+
+def test_the_gradient_norm_is_that_of_the_whole_step(videos, tmp_path, monkeypatch):
+    """Of unscaled gradients over both micro-batches: by hand from what AdamW is given."""
+    by_hand, step = [], torch.optim.AdamW.step
+
+    def look(optimizer, *more, **named):
+        squares = 0
+        for group in optimizer.param_groups:
+            squares += sum(p.grad.double().square().sum() for p in group["params"])
+        by_hand.append(float(squares.sqrt()))
+        return step(optimizer, *more, **named)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    flags = ["--steps", 3, "--batch-size", 2, "--accumulate", 2]
+    for precision in ("fp32", "fp16"):
+        by_hand.clear()
+        log = run_here(videos, tmp_path / precision, *flags, "--precision", precision)
+        assert [record["grad_norm"] for record in log] == pytest.approx(by_hand, rel=1e-4)
+        assert 0.01 < by_hand[0] < 100
 
 
 def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path, capsys, monkeypatch):
@@ -1685,6 +1723,101 @@ def test_folders_that_do_not_fit_are_refused_and_kept(whole, videos, tmp_path, c
     assert path.read_bytes() == b"torn"
     torch.save({"model": {}}, path)
     assert "does not fit this run" in refused(capsys, 2, run_here, videos, tmp_path)
+
+
+def as_a_list(path, names, labels):
+    path.write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
+    return path
+
+
+def test_another_fold_or_corrected_labels_are_another_run(videos, tmp_path, capsys):
+    """Of the same length, in the same --out. The same videos elsewhere, or by another name of the list, are
+    none."""
+    names = sorted(str(path.relative_to(videos)) for path in videos.glob("*/*"))
+    root, out, zeros = tmp_path / "here", tmp_path / "run", [0] * 6
+    shutil.copytree(videos, root)
+    fold = as_a_list(root / "fold.txt", names[:6], zeros)
+    log = run_here(fold, out, "--steps", 2)
+    for others, labels in ((names[2:], zeros), (names[:6], [0, 0, 0, 0, 0, 1])):
+        as_a_list(fold, others, labels)
+        line = refused(capsys, 2, run_here, fold, out, "--steps", 2)
+        assert "names_and_labels" in line and "another --out" in line
+    as_a_list(root / "same.txt", names[:6], zeros)
+    fold = root.rename(tmp_path / "there") / "same.txt"
+    assert run_here(fold, out, "--steps", 2) == log
+
+    path = out / "checkpoint.pt"                 # as an older version has left it
+    content = sigma.load_checkpoint(path)
+    for name in ("names_and_labels", "initial_weights"):
+        del content["args"][name]
+    torch.save(content, path)
+    assert losses(run_here(fold, out, "--steps", 3))[3]
+    assert "does not say names_and_labels" in capsys.readouterr().out
+
+
+def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys):
+    """At a learning rate of 0, that of the first step, the weights are still those that the run began
+    with."""
+    start, out = tmp_path / "start.pt", tmp_path / "run"
+    began = {name: value + 0.01 for name, value in tiny(num_prototypes=12).state_dict().items()}
+    torch.save({"model": began}, start)
+    flags = ["--init", start, "--steps"]
+    run_here(videos, out, *flags, 1)
+    line, = re.findall(r".*anew start.*", capsys.readouterr().out)
+    taken = "decoder, decoder head, encoder, encoder_to_decoder, mask_token, projection network"
+    assert line.endswith(f"taken are {taken}; anew start prototypes")                 # 8 instead of 12
+    model = sigma.load_checkpoint(out / "checkpoint.pt")["model"]
+    for name in began.keys() - {"prototypes"}:
+        assert torch.equal(model[name], began[name]), name
+    assert read_log(out)[-1]["step"] == 1
+    assert "initial_weights" in refused(capsys, 2, run_here, videos, out, "--steps", 2)   # began differently
+    start.unlink()                               # not needed any more
+    assert losses(run_here(videos, out, *flags, 2))[2]
+    assert "No such file" in refused(capsys, 2, run_here, videos, tmp_path / "new", *flags, 2)
+    assert len(read_log(out, runs=True)) == 2 and read_log(out, runs=True)[1]["from_step"] == 1
+
+    torch.save({"model": tiny(target="pixel", loss="l2").state_dict()}, start)
+    run_here(videos, tmp_path / "pixels", *flags, 1)
+    assert "anew start decoder head, projection network, prototypes" in capsys.readouterr().out
+    torch.save({"model": SIGMA("small", frames=4, image_size=32).state_dict()}, start)
+    assert "--size small" in refused(capsys, 2, run_here, videos, tmp_path / "small", *flags, 1)
+
+
+def test_a_closed_standard_output_is_no_obstacle(videos, tmp_path):
+    """The shell's >&-: then Python has None for it."""
+    for flags, code in ((["--steps", 1], 0), (["--eps", 0], 2)):
+        command = [sys.executable, HERE / "train.py", *run_flags(videos, tmp_path / "run", *flags)]
+        shell = ["sh", "-c", 'exec "$0" "$@" >&-', *map(str, command)]
+        done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert losses(read_log(tmp_path / "run"))
+
+
+def test_colours_are_the_three_principal_components():
+    """Over all clips together, up to their signs: as NumPy's covariance has them."""
+    tokens = torch.randn(2, 50, 6, generator=data.seeded(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    rows = tokens.flatten(0, 1).double().numpy()
+    vectors = np.linalg.eigh(np.cov(rows.T))[1]  # in ascending order
+    colours = train.principal_colours(tokens).flatten(0, 1).numpy()
+    for i in range(3):
+        component = (rows - rows.mean(axis=0)) @ vectors[:, -1 - i]
+        expected = 127.5 + 63.75 * component / component.std()
+        if expected @ colours[:, i] < (255 - expected) @ colours[:, i]:
+            expected = 255 - expected
+        assert np.allclose(colours[:, i], expected.clip(0, 255), atol=0.5)
+
+
+def test_compile_reaches_every_block_and_the_loss(monkeypatch):
+    """DINO's too, though it is hidden from the model's modules; with static shapes."""
+    blocks, functions = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **named: blocks.append((block, named)))
+    monkeypatch.setattr(torch, "compile", lambda function, **named: functions.append((function, named)))
+    model = tiny(**DINO)
+    train.over_processes(SimpleNamespace(compile=True), model)
+    inside = [*model.encoder.blocks, *model.decoder.blocks, *model.teacher.blocks]
+    assert [id(block) for block, _ in blocks] == [id(block) for block in inside]
+    assert functions == [(sigma.sigma_loss, {"dynamic": False})]
+    assert all(named == {"dynamic": False} for _, named in blocks)
 
 
 def test_fp16_after_another_precision_starts_at_its_own_scale(videos, tmp_path):
@@ -1910,6 +2043,49 @@ def test_videomaes_fine_tuned_files(tmp_path, videos):
         main_here(flag, path, *eval_flags(videos), "--out", tmp_path / flag)
 
 
+HUGGING_FACE = {  # parts of the released names and of transformers' names, in this order
+    "encoder.patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
+    "encoder.blocks": "videomae.encoder.layer", "encoder.norm": "videomae.layernorm",
+    "decoder.blocks": "decoder.decoder_layers", "norm1": "layernorm_before", "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    "attn.": "attention.attention."}
+
+
+def hugging_face(state, q_bias, v_bias):
+    """Tensors under the names of transformers' VideoMAE; q_bias, v_bias: how those two end."""
+    theirs = {}
+    for name, value in state.items():
+        for ours, part in HUGGING_FACE.items():
+            name = name.replace(ours, part)
+        name = re.sub("^head", "classifier", name).replace("q_bias", q_bias).replace("v_bias", v_bias)
+        if "qkv" not in name:
+            theirs[name] = value
+        else:
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                theirs[name.replace("qkv", part)] = third
+    return theirs
+
+
+@parametrize("q_bias, v_bias", [("q_bias", "v_bias"), ("query.bias", "value.bias")])
+def test_hugging_faces_videomae_is_read_under_the_released_names(tmp_path, q_bias, v_bias):
+    for model in (tiny(target="pixel", loss="l2"), classifier(5)):
+        state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        path = saved(tmp_path / "pytorch_model.bin", hugging_face(state, q_bias, v_bias))
+        weights = train.read_weights(path)
+        assert_close(weights.state, state, rtol=0, atol=0)
+        assert weights.settings == {"size": "tiny", "target": "pixel", "loss": "l2"}
+    with pytest.raises(ValueError, match="take the model's pytorch_model.bin"):
+        train.read_weights(tmp_path / "model.safetensors")
+
+
+def test_another_grid_of_tubes_than_in_training_is_said(world, videos, tmp_path, capsys):
+    flags = ["--probe", world / "ours.pt", "--data", videos, "--val", videos, "--out"]
+    main_here(*flags, tmp_path / "same")
+    assert "position table" not in capsys.readouterr().out
+    main_here(*flags, tmp_path / "other", "--frames", 8)
+    assert "trained on 4 frames of 32 pixels: with 8 of 32" in capsys.readouterr().out
+
+
 def test_partial_files_say_what_is_missing(tmp_path):
     state, model, block = tiny().state_dict(), classifier(5), "encoder.blocks.0."
     for change, text in (({f"{block}attn.q_bias": None}, "attn.q_bias is missing"),
@@ -1949,7 +2125,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(world, tmp_path):
     assert read_log(tmp_path / "o")[-1]["videos"] == 8
 
 
-def test_finetune_runs_and_resumes(world, videos, tmp_path):
+def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
     flags = ["--finetune", world / "ours.pt", *eval_flags(videos), "--batch-size", 3, "--epochs", 2,
              "--warmup-epochs", 1, "--out"]
     main_here(*flags, tmp_path / "whole")
@@ -1959,9 +2135,20 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path):
     main_here(*flags, tmp_path / "parts", "--steps", 3, "--recompute")
     main_here(*flags, tmp_path / "parts")
     same_run(tmp_path / "whole", tmp_path / "parts")
-    before, after = (torch.load(path)["model"]["encoder.blocks.1.mlp.fc1.weight"]
-                     for path in (world / "ours.pt", tmp_path / "whole/checkpoint.pt"))
+    content = torch.load(tmp_path / "whole/checkpoint.pt")
+    before, after = (part["model"]["encoder.blocks.1.mlp.fc1.weight"]
+                     for part in (torch.load(world / "ours.pt"), content))
     assert len(losses(log)) == 4 and 0 < (after - before).abs().max() < 0.1
+    assert content["classes"] == ["blue", "red"]
+    # Known by its weights: the same elsewhere goes on, others do not, and in the end none are needed.
+    moved = shutil.copy(world / "ours.pt", tmp_path / "moved.pt")
+    flags[1] = moved
+    main_here(*flags, tmp_path / "parts")
+    torch.save({"model": tiny(num_prototypes=5).state_dict()}, moved)
+    assert "initial_weights" in refused(capsys, 2, main_here, *flags, tmp_path / "parts")
+    moved.unlink()
+    main_here(*flags, tmp_path / "parts")
+    same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):

@@ -83,11 +83,13 @@ def at_least(least, kind):
 def make_parser():
     """The parser of all flags, with the paper's defaults."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG)
-    count, whole = at_least(1, int), at_least(0, int)
-    positive, not_negative = at_least(1e-9, float), at_least(0, float)
+    count = at_least(1, int)
+    whole = at_least(0, int)
+    positive = at_least(1e-9, float)
+    not_negative = at_least(0, float)
 
     def add(name, kind, default, text):
-        """A flag whose value is of a type or one of a list. None: it has no default of its own."""
+        """A flag whose value is of a type or one of a list. None: what it is then follows from the others."""
         if default is not None:
             text += f" [{default}]"
         key = "choices" if isinstance(kind, list) else "type"
@@ -148,17 +150,17 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The flags, and the Weights of the checkpoint that they name, or None. Raises Stop, ValueError,
-    OSError.
+    """The flags, and the Weights of their checkpoint, None without. Raises Stop, ValueError, OSError.
 
     They are parsed three times: once to learn what kind of run it is, again with the defaults of that kind
     and of its checkpoint, and, as the default warm-up depends on the number of epochs, once more."""
     parser = make_parser()
     typed = parser.parse_args(argv)
-    mode, checkpoint = "pretrain", typed.init
+    mode = "pretrain"
     for name in ("probe", "finetune", "segment"):
         if getattr(typed, name) is not None:
-            mode, checkpoint = name, getattr(typed, name)
+            mode = name
+    checkpoint = getattr(typed, mode, typed.init)
     if typed.bench:
         mode = "bench"
     if typed.finetune == "none":  # from random weights
@@ -173,8 +175,8 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)
     if mode == "finetune":
         parser.set_defaults(**FINETUNE)
-    if mode == "finetune" and on_demo:
-        parser.set_defaults(**FINETUNE_DEMO)
+        if on_demo:
+            parser.set_defaults(**FINETUNE_DEMO)
     if mode == "segment":
         parser.set_defaults(stride=1)
     if typed.target == "pixel":
@@ -190,7 +192,9 @@ def parse_args(argv=None):
     parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), epochs / 8))
     args = parser.parse_args(argv)
 
-    args.mode, args.out, args.demo = mode, out, None
+    args.mode = mode
+    args.out = out
+    args.demo = None
     if on_demo:
         args.demo = out / "videos"  # the folder of its videos, or that of the run that made the checkpoint
         if checkpoint is not None and Path(checkpoint).with_name("videos").is_dir():
@@ -330,8 +334,7 @@ def name_unreadable(process, reasons):
 
 
 def take_folder(args):
-    """Makes --out, locks it against a second run, writes the demo's videos. -> the open file that holds the
-    lock.
+    """Makes --out, locks it against a second run, writes the demo's videos. -> the file that holds the lock.
 
     The lock is the kernel's, and ends with this process, however that ends."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -356,11 +359,10 @@ def take_folder(args):
 def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     """Trains until --epochs or --steps are done, from where the run in --out left off.
 
-    groups: AdamW's parameter groups; `lr_scale` in a group scales its learning rate. notes: what a
-    checkpoint is to say; of it `args`, whatever decides the loss curve, must be the same in a resume.
-    objective(model, video [B, 3, T, H, W] normalised, batch, step) -> scalar loss, dict of scalar
-    statistics. evaluate(log, step): called before the first step, every --eval-every epochs and after the
-    last step."""
+    groups: AdamW's parameter groups; `lr_scale` in a group scales its learning rate.
+    notes: what a checkpoint is to say. Of it `args` decides the loss curve: a resumed run must have the same.
+    objective(model, video [B, 3, T, H, W] normalised, batch, step) -> scalar loss, dict of scalar statistics.
+    evaluate(log, step): called before the first step, every --eval-every epochs and after the last one."""
     sampler = data.EpochSampler(len(train_set), args.batch_size, rank(), world(), args.seed, args.repeats,
                                 args.accumulate)
     steps_per_epoch = sampler.steps_per_epoch // args.accumulate  # the sampler counts micro-batches
@@ -400,7 +402,9 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     evaluations = [record["step"] for record in log.records if "eval" in record]
     evaluated_step = over_ranks(max(evaluations, default=-1))
     next_save = time.monotonic()  # after the first step, so that a full disk is noticed early
-    began, waited, logged_step = time.monotonic(), 0.0, step  # since the last line of the log
+    began = time.monotonic()  # this and the next two: since the last line of the log
+    waited = 0.0
+    logged_step = step
     unreadable = {}  # path -> reason, since they were last exchanged with the other ranks
     trouble = None  # why this rank cannot go on
     not_finite = torch.tensor(0, device=process.device)  # steps in a row; stays on the GPU
@@ -409,7 +413,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     while True:
         # once in a while: save a checkpoint (it is three times as large as the model), evaluate
         evaluation_due = step in (0, last_step) or every(args.eval_every * steps_per_epoch, step)
-        keep_due = step % (args.keep_every * steps_per_epoch) == 0
+        keep_due = every(args.keep_every * steps_per_epoch, step)
         if step > start and (evaluation_due or keep_due or time.monotonic() > next_save):
             next_save = time.monotonic() + 60 * args.save_minutes  # after a failure, too: a disk stays full
             epoch = step // steps_per_epoch
@@ -462,7 +466,8 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
                 loss, stats = objective(trained, data.normalize(batch["video"]), batch, step)
             # Gradients of the micro-batches add up, so each is divided by their number.
             scaler.scale(loss / args.accumulate).backward()
-            rows.append(torch.stack([loss.detach(), *stats.values()]))
+            stats["loss"] = loss.detach()
+            rows.append(torch.stack(list(stats.values())))
             unreadable.update(batch["bad"])
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -478,7 +483,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         if not epoch_done and step % line_every:
             continue
         means = sigma.all_reduce(torch.stack(rows).mean(0)) / world()
-        means = dict(zip(["loss", *stats], means.tolist()))
+        means = dict(zip(stats, means.tolist()))
         # AdamW's own count of steps, in which those left out are missing, is the same for all parameters.
         steps_taken = int(next(iter(optimizer.state.values()))["step"])
         if epoch_done:
@@ -496,7 +501,9 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
             raise Stop(f"{in_a_row} steps in a row are not finite; checkpoint.pt is good: go on with another "
                        "--precision, or anew with a lower --lr in another --out", code=1)
         bar.update(step - logged_step)
-        began, waited, logged_step = time.monotonic(), 0.0, step
+        began = time.monotonic()
+        waited = 0.0
+        logged_step = step
     bar.close()
 
 
@@ -614,7 +621,8 @@ def open_data(args, labels=False):
 
 def parameter_groups(model, betas):
     """AdamW's groups as in the release: weight decay 0.05, but none on biases, norms and the mask token."""
-    decayed, plain = [], []
+    decayed = []
+    plain = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -631,23 +639,27 @@ DINO_NAMES = {"vits16": "deitsmall16", "vitb16": "vitbase16"}
 
 
 def load_teacher(args, model):
-    """DINO's weights for --target dino. A machine's first process downloads them, the others then find
-    them."""
-    url = DINO_URL.format(DINO_NAMES[args.teacher])
-    for turn_of_the_first in (True, False):
+    """DINO's weights for --target dino. A machine's first process downloads them; the others find them."""
+    if args.target == "dino":
         with agreed():
-            try:
-                if args.target != "dino" or turn_of_the_first != (rank("LOCAL_RANK") == 0):
-                    weights = None
-                elif args.dino_weights is not None:
-                    weights = load_checkpoint(args.dino_weights)
-                else:
-                    weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-                if weights is not None:
-                    model.teacher.load_state_dict(weights)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"{args.dino_weights or url}: no {args.teacher} ({error!r:.150}): "
-                                 f"fetch {url} and name it with --dino-weights") from None
+            if rank("LOCAL_RANK") == 0:
+                read_teacher(args, model.teacher)
+        with agreed():
+            read_teacher(args, model.teacher)
+
+
+def read_teacher(args, teacher):
+    """Fills DINO's network from --dino-weights or its public file. Raises ValueError."""
+    url = DINO_URL.format(DINO_NAMES[args.teacher])
+    try:
+        if args.dino_weights is None:
+            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        else:
+            weights = load_checkpoint(args.dino_weights)
+        teacher.load_state_dict(weights)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} ({error!r:.150}): "
+                         f"fetch {url} and name it with --dino-weights") from None
 
 
 def start_from(model, weights):
@@ -656,10 +668,12 @@ def start_from(model, weights):
     Raises ValueError where the encoder does not fit."""
     left = load_weights(model, weights, ("decoder", "encoder_to_decoder", "mask_token", "head", "prototypes"))
     words = {"head": "projection network", "decoder.head": "decoder head"}
-    taken, anew = set(), set()
+    taken = set()
+    anew = set()
     for name in model.state_dict():
         part = re.match(r"decoder\.head|\w+", name)[0]
-        (anew if name in left else taken).add(words.get(part, part))
+        parts = anew if name in left else taken
+        parts.add(words.get(part, part))
     say(f"{weights.path}: taken are {', '.join(sorted(taken))}; "
         f"anew start {', '.join(sorted(anew)) or 'none'}")
 
@@ -740,7 +754,7 @@ def resume(args, parts, curve):
     """Loads the checkpoint in --out, if there is one, into the parts. -> the step it was saved at, the
     log."""
     path = args.out / "checkpoint.pt"
-    step, log = 0, None
+    step = 0
     with agreed():
         try:
             if path.exists():
@@ -755,7 +769,7 @@ def resume(args, parts, curve):
             log = Log(args.out, step or -1)  # without a checkpoint no line of a log is this run's
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
-    if over_ranks(step) != -over_ranks(-step):  # the highest and the lowest
+    if len(set(gather(step))) > 1:
         raise Stop(f"different checkpoints in {args.out}: machines must see one folder")
     return step, log
 
@@ -860,7 +874,8 @@ def tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, video
     if rank() > 0 or not (epoch_done or minute_passed):
         return
     log.told = time.monotonic()
-    words, means = [f"epoch {step / steps_per_epoch:.4g}/{args.epochs}"], {}
+    words = [f"epoch {step / steps_per_epoch:.4g}/{args.epochs}"]
+    means = {}
     for name, wording in NEWS.items():
         numbers = [record[name] for record in log.records if record.get(name) is not None
                    and record.get("epoch") == (step - 1) // steps_per_epoch]
@@ -896,7 +911,8 @@ def each_once(process, model, dataset, compute, batch_size, chosen=None):
     # In training this is a second pool of workers beside the first, so it holds fewer batches in /dev/shm.
     loader = data.load(dataset, key_batches, min(process.workers, len(key_batches)), process.cuda, prefetch=1)
     loader = data.batches_to_device(loader, process.device)
-    results, unreadable = [], {}
+    results = []
+    unreadable = {}
     model.eval()
     # Without compiled code: the shapes here are not those of training, and each would be compiled anew.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -949,7 +965,8 @@ def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07, leave_one_ou
     if others == 0:
         return math.nan
     classes = 1 + int(bank_labels.max())
-    bank, queries = F.normalize(bank), F.normalize(queries)
+    bank = F.normalize(bank)
+    queries = F.normalize(queries)
     right = 0
     everyone = torch.arange(len(queries), device=bank.device)
     for rows in everyone.split(max(1, 2 ** 27 // len(bank))):  # half a gigabyte of similarities at a time
@@ -987,7 +1004,8 @@ def preview(out, process, model, clips):
     for tubes in clusters:
         rows["cluster of\nevery tube"] = tint(videos, tubes.unflatten(1, model.grid))
     rows["features\nas colours"] = enlarge(principal_colours(tokens).transpose(1, 2)).byte()
-    still, times = [], evenly(model.frames, 8)
+    times = evenly(model.frames, 8)
+    still = []
     for n in range(len(videos)):
         still += [(caption, pictures[n, :, times].transpose(0, 1)) for caption, pictures in rows.items()]
     save_pages(out / "preview.png", [still])
@@ -1145,6 +1163,8 @@ def guess_method(state):
     if "head.2.weight" in state:
         settings["target"] = "mlp"
     width = len(state.get("decoder.head.weight", ()))  # E
+    if settings["target"] == "pixel" and width == state["encoder.patch_embed.proj.weight"][0].numel():
+        return settings
     for teacher, sizes in TEACHERS.items():
         if width == sizes["width"] and settings["target"] != "mlp":
             settings.update(target="dino", teacher=teacher)
@@ -1196,9 +1216,10 @@ def from_hugging_face(state):
 
 
 def load_weights(module, weights, free=()):
-    """Loads what `module` has. Returns the names left as they were; all but those that begin with one of
-    `free`, or that such a file lacks by its nature, must fit, and all blocks of the file's encoder. Raises
-    ValueError."""
+    """Loads what `module` has. Returns the names that are left as they were.
+
+    ValueError: some of them neither begin with one of `free` nor are missing by nature in such a file, or
+    the file's encoder has a block more."""
     may_lack = list(free)
     if not any(name.startswith("decoder.") for name in weights.state):  # an encoder alone
         may_lack += ["decoder.", "encoder_to_decoder.", "mask_token"]
@@ -1224,8 +1245,9 @@ def load_weights(module, weights, free=()):
 def open_model(args, process, weights):
     """The SIGMA of a checkpoint, on the device and frozen, and the log."""
     with agreed():
-        model, log = make_model(args), Log(args.out)
+        model = make_model(args)
         load_weights(model, weights)
+        log = Log(args.out)
     say(f"{weights.path}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
         f"pixels, stride {args.stride}")
     return model.to(process.device).requires_grad_(False), log
@@ -1400,8 +1422,10 @@ def segment(args, process, weights):
         objects = len(truth[truth >= 0].unique())
         compared = objects > 1  # a background alone is no segmentation
         with torch.autocast(process.device.type, enabled=False):  # in float32
-            few = kmeans(tokens, objects if compared else 4, args.seed).cpu().view(model.grid)
-            many = kmeans(tokens, 10, args.seed).cpu().view(model.grid)
+            few = kmeans(tokens, objects if compared else 4, args.seed)
+            many = kmeans(tokens, 10, args.seed)
+        few = few.cpu().view(model.grid)
+        many = many.cpu().view(model.grid)
         scores = torch.full((2,), math.nan)
         if compared:
             scores[0], columns = match_one_to_one(overlap(truth, few, objects))
@@ -1424,7 +1448,8 @@ def segment(args, process, weights):
 
 def save_segments(args, clips, index, few, many):
     """segments.png: three clips, their masks where they have some, and both clusterings [n, t, h, w]."""
-    page, times = [], evenly(args.frames, 8)
+    times = evenly(args.frames, 8)
+    page = []
     for n in evenly(len(index), 3):
         item = clips[0, int(index[n])]
         video = item["video"]
