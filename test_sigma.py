@@ -1298,7 +1298,7 @@ class Apart:
     They run while the test goes on: it can wait for lines of their log, send them signals, and at last `end`
     them. world: how many. file_size: no file grows beyond so many bytes, as on a full disk."""
     def __init__(self, *arguments, world=1, file_size=None):
-        with socket.create_server(("127.0.0.1", 0)) as server:                       # finds a port that is free
+        with socket.create_server(("127.0.0.1", 0)) as server:                     # finds a port that is free
             port = str(server.getsockname()[1])
         self.said = Path(tempfile.mkstemp()[1])  # what they print, together
         self.ranks = []

@@ -528,6 +528,7 @@ def over_processes(args, model):
     if args.compile:
         # Block by block: that is quick, and DDP can average gradients while others are computed. DINO's
         # blocks are more than half of the work, and no modules of the model.
+        torch._dynamo.config.cache_size_limit = 64  # in fine-tuning each block has a rate of its own
         teacher = getattr(model, "teacher", nn.Module())
         for module in (*model.modules(), *teacher.modules()):
             if isinstance(module, sigma.Block):
