@@ -1,32 +1,39 @@
-"""Videos for SIGMA: exact frames out of real files, sampled as in the paper, and tools for a data set.
+"""Videos for SIGMA: exact frames out of real files, the paper's sampling, and tools for a data set.
 
-    python data.py prepare SRC DST   re-encodes a data set for quick access to any clip
-    python data.py bench PATH        what a clip costs
+    python data.py prepare SRC DST   re-encodes a data set so that any clip is quick to reach
+    python data.py bench PATH        says what reading a clip costs
     python data.py demo DIR          writes the demo's videos
 
-From a file to a batch: video, clip, data set, loader. Frame n is the n-th of a full decode. Every clip, crop
-and mask is a function of (seed, epoch, index). A broken file is reported, and replaced by another draw."""
+The file reads from a video to a batch: what a file holds, reading its frames, which frames and which part of
+the picture a clip takes, the data set, the loader. After a rule come `prepare`, the demo and the command
+line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is reported,
+and another video is drawn in its place."""
 import argparse
-import collections
+import bisect
 import colorsys
-import contextlib
+import errno
 import gc
 import hashlib
-import inspect
 import io
-import itertools
 import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+import uuid
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import chain, islice, product, tee
 from multiprocessing.pool import ThreadPool
+from os.path import abspath, commonpath, dirname, exists, getsize, isdir, isfile, join, relpath, splitext
 from pathlib import Path
+from time import monotonic
 
 import av
 import av.filter
@@ -36,266 +43,484 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-av.logging.set_level(av.logging.PANIC)  # what libav says per frame, VideoError says once
+av.logging.set_level(av.logging.PANIC)  # FFmpeg complains frame by frame; a VideoError says it once
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
-# No playlists (concat, hls, dash), which open other files
+# Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any memory
-MAX_KEPT_BYTES = 64 << 20  # larger files are read twice
-READ_SECONDS = 120  # after which a decoder is taken to hang
-IDLE_SECONDS = 60  # without a batch while no worker reads: an error
-WATCH_SECONDS = 1  # how often the loader looks after its workers
-ATTEMPTS = 20  # draws of a video, starts of workers, that may fail in a row
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# A title in an old encoding is no error. PyAV 19 never minds, and has no such argument.
+LENIENT = {"metadata_errors": "ignore"} if av.__version__ < "19" else {}
+COVER = av.stream.Disposition.attached_pic  # a still picture, no video
+MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any amount of memory
+MAX_KEPT_BYTES = 64 << 20  # the packets of larger files are not kept in memory
+ATTEMPTS = 20  # draws of a video, or starts of the workers, that may fail in a row
+
+
+# How many cores this process may use: those it is bound to, and no more than its container grants.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+with suppress(OSError, ValueError):
+    # Linux writes a container's share as "quota period"; the quota is "max" where there is no limit.
+    quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    CORES = min(CORES, math.ceil(int(quota) / int(period)))
 
 
 class VideoError(Exception):
-    """What is wrong with a video, in one line without its path."""
+    """What is wrong with a video file, in one line without its path."""
 
 
 class WorkerError(RuntimeError):
-    """Workers that end or stand still by no video's fault."""
+    """Loader workers that end or stand still through no video's fault."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def file_errors():
-    """Whatever libav and the system raise about a file, as VideoError."""
+    """Turns what FFmpeg, PyAV and the system raise about a file into VideoError.
+
+    It stands around opening, demuxing and decoding alone, so that a wrong argument or a bug stays itself."""
     try:
         yield
-    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError) as error:
-        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(" ".join(text.split())) from None
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError,
+            SyntaxError) as error:
+        raise VideoError(one_line(error)) from None
 
 
-# ============ video: any frame of a file, exactly ============
-class Video(contextlib.AbstractContextManager):
-    """An open video: `frames` is how many it shows, `read` decodes any of them. Raises VideoError.
+def one_line(error):
+    """The text of an exception on one line; of a system's error without the path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())
 
-    Packets hold one coded frame each, in decoding order. Where their times (pts) tell the order of showing
-    (`timed`), frame n is that of packet shown[n], decoded from a keyframe on; else frames are counted."""
-    @file_errors()
+
+# ============ what a file holds ============
+# FFmpeg, called through PyAV, does the work. Its words, each explained once:
+#
+#   container          an open file, and the format that holds it together: mp4, AVI, Matroska
+#   stream             one track of a file: the video, the sound, subtitles
+#   codec              a way to compress video (H.264, AV1), and here the decoder for it
+#   packet             a compressed piece of a stream; of a video, as a rule, one frame
+#   demuxing           taking the packets out of a file, which is quick; decoding, which makes frames of them,
+#                      is slow
+#   presentation time  when the frame of a packet is to be shown, in ticks of the stream's clock (`pts`)
+#   keyframe           a frame that needs no other one, so that decoding can start there
+#   B-frame            a frame made from an earlier and a later one. The file has the later one first, so
+#                      packets come in the order of decoding, and their times tell the order of showing
+#   open group         B-frames that follow a keyframe in the file but are shown before it, and need frames
+#                      from before the keyframe, too
+#   edit list          a note in an mp4 that some frames must be decoded but not shown
+#
+# The truth is a decode of the whole file: frame n is the n-th that comes out of it. It takes seconds. To
+# enter at a keyframe shortly before the wanted frames takes milliseconds, but asks for their times. So the
+# whole file is demuxed first, and the functions of `Index` say how far its times can be trusted. Behind each
+# rule stands a kind of file that needs it.
+
+class Index:
+    """What demuxing says about a video. Packets are numbered in the order of the file.
+
+    packets     the packets themselves; an empty list unless `keep`
+    times       their presentation times, None where the file has none
+    keys        numbers of those that the file calls keyframes
+    shown       numbers of those that are shown, so not hidden by an edit list
+    smallest    bytes of the smallest one
+    cut         why the end of the video is missing, None if it is not"""
+    def __init__(self, container, stream, keep):
+        self.codec = stream.codec_context
+        self.packets = []
+        self.cut = None
+        rows = []
+        newest = None  # the last packet in the file
+        ends = {}  # the last packet of every stream
+        try:
+            for packet in container.demux():
+                if packet.size == 0:  # the end of a stream, or AVI's "as before"
+                    continue
+                ends[packet.stream.index] = newest = packet
+                if packet.stream.index == stream.index:
+                    rows.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.size))
+                    if keep:
+                        self.packets.append(packet)
+        except (av.FFmpegError, OSError) as error:  # what came before is good
+            self.cut = one_line(error)
+        if newest is not None and newest.is_corrupt:
+            self.cut = self.cut or "it ends in the middle of a frame"
+            if newest.stream.index == stream.index:
+                rows.pop()
+        if stops_early(container, ends.values()):
+            self.cut = self.cut or "it is cut off"
+        if not rows:
+            raise VideoError(self.cut or "it has no frames")
+        self.times, keys, hidden, sizes = zip(*rows)
+        self.keys = [number for number, key in enumerate(keys) if key]
+        self.shown = [number for number, hide in enumerate(hidden) if not hide]
+        self.shown_times = [self.times[number] for number in self.shown]
+        self.smallest = min(sizes)
+
+    def times_tell_frames_apart(self):
+        """Every frame has a time of its own. Raw H.264 has no times at all."""
+        return None not in self.times and len(set(self.shown_times)) == len(self.shown)
+
+    def times_are_of_decoding(self):
+        """Where packets are reordered but their times ascend through the file, the times say when to decode.
+
+        So it is in AVI, which knows no other times, and in files copied from it. MPEG-4 mostly comes from
+        AVI, with two frames in one packet and an empty packet after it, and its times are never trusted."""
+        ascend = self.shown_times == sorted(self.shown_times)
+        return self.codec.has_b_frames and (ascend or self.codec.name == "mpeg4")
+
+    def packets_may_not_be_frames(self):
+        """Where only a decode can tell how many frames come out."""
+        if self.codec.name == "mpeg4" and self.smallest < 20:
+            return True  # a packet that says "not coded" shows nothing
+        if self.codec.name == "vp8":
+            return True  # some of its packets are only referred to
+        return self.shows_before_keyframe()
+
+    def shows_before_keyframe(self):
+        """Frames before the first keyframe, in a copy cut out of a video, may lack what they refer to."""
+        if not self.keys or self.shown[0] < self.keys[0]:
+            return True
+        return min(self.shown_times) < self.times[self.keys[0]]
+
+
+def stops_early(container, last_packets):
+    """Whether no stream reaches the end that the header tells. So a cut Matroska file is known, of which
+    FFmpeg drops the last half of a packet silently. Where the sound alone goes on, the video is whole."""
+    early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
+    return "matroska" in container.format.name and all(
+        packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
+
+
+# ============ reading its frames ============
+# `Video` decides, by the index, from where it decodes; `read` makes clips. Whoever wants frames alone may use
+# `read_clip` and skip this section.
+
+class Video(AbstractContextManager):
+    """An open video: `frames` is how many it shows, `read` gives any of them. For a `with` statement.
+
+    `times` are the presentation times of the frames in the order of showing where they are good enough to
+    enter at a keyframe, else None: then frames are counted from the beginning. Raises VideoError."""
     def __init__(self, path):
-        self.path, size = path, os.path.getsize(path)
-        if size == 0 or not os.path.isfile(path):  # a pipe would block
-            raise VideoError("is empty, or no regular file")
-        self.keep, self.cut = size <= MAX_KEPT_BYTES, None  # the packets; why the video's end is missing
-        self._open()
-        self._index()
+        self.path = path
+        self.opened = ExitStack()
+        try:
+            with file_errors():
+                size = getsize(path)
+                if isdir(path):  # a common mistake in lists
+                    raise VideoError("it is a folder: only video files can be read, no folders of frames")
+                if size == 0 or not isfile(path):  # a pipe would block
+                    raise VideoError("it is empty, or no regular file")
+                self.open()
+                self.keep = size <= MAX_KEPT_BYTES
+                self.index = Index(self.container, self.stream, self.keep)
+            self.fresh = self.keep  # without its packets, the file has to be opened and demuxed again
+            self.decide()
+        except BaseException:
+            self.opened.close()  # a long run meets many broken files, and must not run out of descriptors
+            raise
 
     def __exit__(self, *_):
-        self.container.close()
+        self.opened.close()
 
-    def _open(self):
-        limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another
-        # "file:": a name with a colon is no address
-        self.container = av.open(f"file:{self.path}", metadata_errors="ignore", container_options=limits)
-        self.stream = self.container.streams.best("video")  # the first may be a cover picture
-        self.codec = self.stream and self.stream.codec_context
-        if self.codec is None or self.stream.disposition & av.stream.Disposition.attached_pic:
+    @file_errors()
+    def open(self):
+        """Opens the file (again), with a fresh decoder. What was open before stays so: packets refer to
+        it."""
+        limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another one
+        try:  # "file:": a name with a colon is no address
+            container = av.open(f"file:{self.path}", container_options=limits, **LENIENT)
+        except av.ArgumentError:
+            raise VideoError("it is no video, but a picture, a playlist or something unknown") from None
+        self.container = self.opened.enter_context(container)
+        self.stream = stream = container.streams.best("video")  # the first may be a cover picture
+        if stream is None or stream.codec_context is None or stream.disposition & COVER:
             raise VideoError("it has no video that FFmpeg can decode")
-        self.codec.thread_count = 1  # workers are the parallelism
-        # explode: damage is an error, not painted over
-        self.codec.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+        self.codec = stream.codec_context
+        self.codec.thread_count = 1  # the loader's workers are the parallelism
+        self.codec.options = {"max_pixels": str(MAX_PIXELS)}
+        self.fresh = True
 
-    def _index(self):
-        """Demuxes the whole file: the video's packets, their times, which are keyframes or hidden."""
-        rows, last, mine, vp8 = [], None, self.stream.index, self.codec.name == "vp8"
-        try:
-            for packet in self.container.demux():
-                last = packet if packet.size else last  # no size: the end, or AVI's "as before"
-                if packet.size and packet.stream.index == mine:
-                    # cut off by an edit list, or VP8's hidden references (RFC 6386, 9.1)
-                    hidden = packet.is_discard or vp8 and not memoryview(packet)[0] & 0x10
-                    pts = math.nan if packet.pts is None else packet.pts  # NaN: before nothing
-                    rows.append((packet if self.keep else None, pts, packet.is_keyframe, hidden))
-        except (av.FFmpegError, OSError) as error:  # what came before is good
-            self.cut = error.strerror or str(error)
-        # A file that was cut off ends in half a packet, of any stream. Headers count frames wrongly.
-        if last is not None and last.is_corrupt:
-            self.cut = self.cut or "it ends in the middle of a frame"
-            rows = rows[:-1] if last.stream.index == mine else rows
-        self.packets, self.pts, keys, self.hidden = map(list, zip(*rows) if rows else ((),) * 4)
-        self.keys = [i for i, key in enumerate(keys) if key] or [0]
+    def decide(self):
+        """Finds `frames`, and `times` where they can be trusted."""
+        index = self.index
+        if not index.shown:
+            raise VideoError(index.cut or "it has no frames")
+        self.times = None
+        self.frames = len(index.shown)
+        self.exact = True  # whether `frames` is sure
+        if not index.times_tell_frames_apart():
+            self.count()
+        elif index.times_are_of_decoding():
+            self.exact = False  # a frame for each packet: to verify that would double what XviD's files cost
+        else:
+            self.times = sorted(index.shown_times)
+            doubtful = index.packets_may_not_be_frames() or self.is_interlaced()
+            if doubtful and self.count() != self.times:
+                self.times = None
 
-        # What lies before the first keyframe, in either order, may lack what it refers to.
-        certain = True
-        for i, pts in enumerate(self.pts):
-            if not self.hidden[i] and (i < self.keys[0] or pts < self.pts[self.keys[0]]):
-                self.hidden[i], certain = True, False
-        self.shown = [i for i, hidden in enumerate(self.hidden) if not hidden]
-        self.frames, times = len(self.shown), [self.pts[i] for i in self.shown]
-        if not times:
-            raise VideoError(self.cut or "it has no frames")
-        # With B-frames, times in AVI or copied from there are invented; those of MPEG-4 anywhere.
-        complete = not any(map(math.isnan, times)) and len(set(times)) == len(times)
-        self.timed = certain and complete and not (self.codec.has_b_frames and (
-            {self.container.format.name, self.codec.name} & {"avi", "mpeg4"} or times == sorted(times)))
-        if self.timed:
-            self.shown.sort(key=self.pts.__getitem__)
-        seconds = (self.container.duration or 0) / av.time_base  # Matroska drops half packets
-        if complete and "matroska" in self.container.format.name and (
-                max(times) * self.stream.time_base < 0.9 * seconds - 1):
-            self.cut = self.cut or "it is cut off"
+    def is_interlaced(self):
+        """Whether this is H.264 of camcorders and broadcast, which can put the two fields of a frame into two
+        packets. A wrong yes costs a decode of the file, and no more."""
+        if self.codec.name != "h264":
+            return False
+        if hasattr(self.codec, "field_order"):
+            return self.codec.field_order != 1  # 1: known to be progressive
+        # Before PyAV 18 we look at two frames.
+        return any(frame.interlaced_frame for frame in islice(self.decode(), 2))
+
+    def count(self):
+        """Decodes the whole file, sets `frames` and returns the times of all frames."""
+        times = [frame.pts for frame in self.decode()]
+        self.frames = len(times)
+        return times
+
+    # ---- packets and decoder ----
+    def packets_from(self, first):
+        """The video's packets from number `first` on."""
+        if self.keep:
+            return self.index.packets[first:]
+        if first > 0:  # of a large file: we jump to the keyframe
+            time = self.index.times[first]
+            packets = self.demux(time)
+            for packet in packets:
+                if packet.pts == time:
+                    return chain([packet], packets)
+            self.open()  # in some ts and mpg the jump lands too late
+        return islice(self.demux(), first, None)
+
+    def demux(self, time=None):
+        with file_errors():
+            if time is not None:
+                self.container.seek(time, stream=self.stream)
+            for packet in self.container.demux(self.stream):
+                if packet.size > 0:
+                    yield packet
 
     def decode(self, first=0, end=None, wanted=None):
-        """Yields the frames of packets first to before end, in the decoder's order. wanted: times; packets
-        without are decoded only as far as others depend on them. Damage to what is shown raises."""
-        self.codec.flush_buffers()  # of an earlier reading
-        packets, start, self.doubts = self.packets, self.pts[first], {}
-        if not self.keep:  # a large file is demuxed again
-            self.container.close()
-            self._open()
-            packets = (packet for packet in self.container.demux(self.stream) if packet.size)
-        run = itertools.chain(itertools.islice(packets, first, end), [None])  # None: what it holds back
-        for i, packet in enumerate(run, first):
-            needed, frames = packet is None or wanted is None or packet.pts in wanted, []
-            self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
-            try:
-                frames = self.codec.decode(packet)
-            except av.FFmpegError as error:
-                if packet is None or not (self.hidden[i] or self.pts[i] < start):
-                    # H.264's complains at cuts and open groups, too: a doubt, until the frame comes out
-                    if packet is None or self.codec.name != "h264":
-                        raise
-                    self.doubts[packet.pts] = error
-            for frame in frames:
-                if frame.is_corrupt and (frame.pts is None or not frame.pts < start):
-                    raise VideoError("a frame is damaged")
-                self.doubts.pop(frame.pts, None)
-                yield frame
-        for error in self.doubts.values():
-            raise error
+        """Yields what the decoder makes of the packets from `first` to before `end`, in the order of showing.
 
-    def _decode_near(self, numbers):
-        """Yields (n, frame) for ascending numbers, each from the last keyframe before it."""
-        runs = []  # [first, end] of packets; what lies between runs is skipped
-        for n in numbers:
-            position = self.shown[n]  # in an open group it is shown before the keyframe that it follows
-            first = max((key for key in self.keys if key <= position and self.pts[key] <= self.pts[position]),
-                        default=self.keys[0])
-            if not runs or first > runs[-1][1]:
-                runs.append([first, 0])
-            runs[-1][1] = max(runs[-1][1], position + 1)
-        wanted = {self.pts[self.shown[n]]: n for n in numbers}  # a frame carries the time of its packet
-        for first, end in runs:
-            newest = -math.inf
+        wanted: times of the frames that matter. H.264 and HEVC then leave out frames that are neither wanted
+        nor needed by others, a quarter to half of the work."""
+        if first == 0 and not self.fresh:
+            self.open()  # a decoder that was used before may remember, a palette for instance
+        if end is None:
+            end = len(self.index.times)
+        packets = islice(self.packets_from(first), end - first)
+        if not self.fresh:
+            self.codec.flush_buffers()
+        self.fresh = False
+        for packet in chain(packets, [None]):
+            # packet None asks for what the decoder still holds back.
+            if self.codec.name in ("h264", "hevc"):  # AV1's decoder reads this setting only when it opens
+                needed = wanted is None or packet is None or packet.pts in wanted
+                self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
+            with file_errors():
+                frames = self.codec.decode(packet)
+            yield from frames
+
+    def decode_all(self):
+        """Yields every frame from the beginning. Raises VideoError where one is damaged or missing."""
+        count = 0
+        for frame in self.decode():
+            if frame.is_corrupt:
+                raise VideoError(f"frame {count} is damaged")
+            if self.times and self.times[count:count + 1] != [frame.pts]:
+                raise VideoError(f"frame {count} is missing")
+            yield frame
+            count += 1
+        if count == 0 or self.exact and count < self.frames:
+            raise VideoError(self.index.cut or f"frame {count} is missing")
+
+    # ---- frames by number: (n, frame) for ascending numbers n ----
+    def from_beginning(self, numbers):
+        for n, frame in enumerate(self.decode_all()):
+            if n in numbers:
+                yield n, frame
+            if n == numbers[-1]:
+                return
+        if self.index.cut:
+            raise VideoError(self.index.cut)
+        for number in numbers:  # there were more packets than frames; the last frame is repeated
+            if number > n:
+                yield number, frame
+
+    def from_keyframes(self, numbers):
+        """Enters at the last keyframe before each wanted frame. What comes out has to prove that the keyframe
+        is one and that nothing is missing, else VideoError."""
+        for first, end, wanted in self.runs(numbers):
+            start = self.index.times[first]
+            newest = start - 1
             for frame in self.decode(first, end, wanted):
-                if frame.pts is None or frame.pts < newest:
-                    self.timed = False  # from now on frames are counted
-                    raise VideoError("its times are not in order")
+                if frame.pts is not None and frame.pts < start:
+                    continue  # of an open group, whose other frames were not decoded
+                if first > 0 and newest < start:
+                    self.check_entry(frame)
+                if frame.pts is None or frame.pts <= newest or frame.is_corrupt:
+                    raise VideoError("a frame is damaged, or its time is")
                 newest = frame.pts
                 if newest in wanted:
-                    yield wanted[newest], frame
+                    yield wanted.pop(newest), frame
+            if wanted:
+                raise VideoError(f"frame {min(wanted.values())} is missing")
 
-    def _decode_counting(self, numbers):
-        """Yields (n, frame) for ascending numbers, counting from the beginning."""
-        count, frame = 0, None
-        for count, frame in enumerate(self.decode(), 1):
-            if self.timed and frame.pts != self.pts[self.shown[count - 1]]:
-                raise VideoError(f"frame {count - 1} is missing")
-            if count - 1 in numbers:
-                yield count - 1, frame
-            if count > numbers[-1] and not self.doubts:
-                return
-        if frame is None or self.cut:
-            raise VideoError(self.cut or "it has no frames")
-        self.frames = count  # more packets than frames: the last frame is repeated
-        yield from ((n, frame) for n in numbers if n >= count)
+    def check_entry(self, frame):
+        """Some files call every packet a keyframe (mp4 without a table of them, H.263 of phones, AVI without
+        an index). A picture of 8 bits needs the palette, which comes with the first packet alone."""
+        if not frame.key_frame or frame.format.name == "pal8":
+            raise VideoError("its keyframes are no good places to start")
+
+    def runs(self, numbers):
+        """Stretches of packets that hold these frames: [first, end, {time of a frame: its number}].
+
+        We enter at the last keyframe that comes before the frame both in the file and in time."""
+        times, keys = self.index.times, self.index.keys
+        packet_of = {times[packet]: packet for packet in self.index.shown}
+        runs = []
+        for n in numbers:
+            time = self.times[n]
+            packet = packet_of[time]
+            before = keys[:bisect.bisect_right(keys, packet)]
+            first = next((key for key in reversed(before) if times[key] <= time), 0)
+            if not runs or first > runs[-1][1]:  # what lies between two runs is skipped
+                runs.append([first, 0, {}])
+            run = runs[-1]
+            run[1] = max(run[1], packet + 1)
+            run[2][time] = n
+        return runs
 
     def read(self, views, size=224):
         """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
-        views: list of (T frame numbers in any order, crop); beyond the end is the last frame. crop: (x, y,
-        width, height) of the displayed picture, or a function of its width and height, or None: centred."""
-        last = self.frames - 1  # repeated beyond
-        if self.cut and max(max(numbers) for numbers, _ in views) > last:
-            raise VideoError(self.cut)
-        views = [([min(n, last) for n in numbers], np.empty((3, len(numbers), size, size), np.uint8),
-                  FilterGraph(partial(crop_filters, crop=crop, size=size))) for numbers, crop in views]
-        wanted = sorted({n for numbers, *_ in views for n in numbers})
-        # From the beginning if need be: a keyframe may be no good place to start.
-        for decode in (self._decode_near, self._decode_counting)[0 if self.timed else 1:]:
-            missing = set(wanted)
+
+        views: list of (T frame numbers in any order, crop); beyond the end stands the last frame. crop: (x,
+        y, width, height) of the displayed picture, or a function of its width and height, or None: the
+        centred square. Raises VideoError, and ValueError for a crop that is not inside of the picture."""
+        end = max(max(numbers) for numbers, _ in views)
+        if self.index.cut and end >= self.frames:
+            raise VideoError(self.index.cut)
+        limit = self.frames - 1 if self.exact else end
+        clips = [ClipMaker([min(n, limit) for n in numbers], crop, size) for numbers, crop in views]
+        wanted = sorted({n for clip in clips for n in clip.numbers})
+        ways = [self.from_keyframes, self.from_beginning] if self.times else [self.from_beginning]
+        for way in ways:
             try:
-                with file_errors():
-                    for n, frame in decode(wanted):
-                        missing.discard(n)
-                        for numbers, clip, graph in views:
-                            if places := [t for t, number in enumerate(numbers) if number == n]:
-                                clip[:, places] = graph.rgb(frame)[:, None]
-                if not missing:
-                    return [clip for _, clip, _ in views]
-                failure = "it does not come out"
+                for n, frame in way(wanted):
+                    for clip in clips:
+                        clip.take(n, frame)
+                return [clip.pictures for clip in clips]
             except VideoError as error:
                 failure = error
-        raise VideoError(f"frames {wanted[0]} to {wanted[-1]} of {self.frames} cannot be decoded: {failure}")
+        raise VideoError(f"of its {self.frames} frames some cannot be decoded: {failure}")
 
 
 class FilterGraph:
-    """Turns frames as displayed, and filters them: one libavfilter graph for every geometry.
-    filters: displayed width and height -> [(filter, arguments), ...]."""
+    """Turns frames the way they are displayed, and filters them, in libavfilter: one graph for every
+    geometry.
+
+    filters: a function of the displayed width and height -> [(name of a filter, its arguments), ...]."""
     def __init__(self, filters):
-        self.filters, self.graphs = filters, {}
+        self.filters = filters
+        self.graphs = {}
 
     def __call__(self, frame):
-        key = width, height, pixels = frame.width, frame.height, frame.format.name
+        key = (frame.width, frame.height, frame.format.name)
         if key not in self.graphs:
-            turn, graph = [], av.filter.Graph()
-            if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
-                graph.threads = 1
-            source = graph.add_buffer(width=width, height=height, format=pixels, time_base=Fraction(1, 25))
-            if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
-                a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()  # x' = ax + cy, ...
-                if abs(b) + abs(c) > abs(a) + abs(d):  # "cclock_flip" swaps the axes, and nothing else
-                    width, height, turn, a, d = height, width, [("transpose", "cclock_flip")], c, b
-                turn += [("hflip",)] * (a < 0) + [("vflip",)] * (d < 0)
-            if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
-                turn = [("format", "yuv444p16le"), *turn]
-            chain = [graph.add(*step) for step in [*turn, *self.filters(width, height), ("buffersink",)]]
-            graph.link_nodes(source, *chain).configure()
-            self.graphs[key] = graph
-        self.graphs[key].push(frame)
-        return self.graphs[key].pull()
+            turns, width, height = upright(frame)
+            self.graphs[key] = build_graph(frame, turns + self.filters(width, height))
+        with file_errors():
+            self.graphs[key].push(frame)
+            return self.graphs[key].pull()
 
-    def rgb(self, frame):
-        """uint8 [3, height, width], where the filters end in planar RGB."""
-        frame = self(frame)
-        g, b, r = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
-        return np.stack([r, g, b])[:, :, :frame.width]  # lines are padded
+
+class ClipMaker(FilterGraph):
+    """One clip in the making: `pictures`, uint8 [3, T, size, size], of the frames with these T numbers."""
+    def __init__(self, numbers, crop, size):
+        super().__init__(partial(crop_filters, crop=crop, size=size))
+        self.numbers = numbers
+        self.pictures = np.empty((3, len(numbers), size, size), np.uint8)
+
+    def take(self, n, frame):
+        """Puts frame n wherever the clip shows it."""
+        places = [t for t, number in enumerate(self.numbers) if number == n]
+        if places:
+            frame = self(frame)
+            for channel, plane in zip((1, 2, 0), frame.planes):  # green, blue, red
+                lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+                self.pictures[channel, places] = lines[:, :frame.width]  # lines are padded
+
+
+@file_errors()
+def build_graph(frame, steps):
+    graph = av.filter.Graph()
+    if hasattr(graph, "threads"):  # PyAV before 16 starts idle threads instead
+        graph.threads = 1
+    if frame.format.components[0].bits > 8:  # at an odd x libavfilter's crop would tear their chroma
+        steps = [("format", "yuv444p16le"), *steps]
+    links = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name,
+                              time_base=Fraction(1, 25))]
+    for step in [*steps, ("buffersink",)]:
+        links.append(graph.add(*step))
+    graph.link_nodes(*links).configure()
+    return graph
+
+
+def upright(frame):
+    """Filters that turn a frame as its file asks for, as phones do, and its width and height then."""
+    turns, width, height = [], frame.width, frame.height
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        # A pixel at (x, y) is displayed at (ax + cy, bx + dy).
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            turns.append(("transpose", "cclock_flip"))  # swaps the axes, and nothing else
+            width, height = height, width
+            a, d = c, b
+        if a < 0:
+            turns.append(("hflip",))
+        if d < 0:
+            turns.append(("vflip",))
+    return turns, width, height
 
 
 def crop_filters(width, height, crop, size):
-    """Filters for a crop (as Video.read has it) of such a picture, scaled to size x size planar RGB."""
-    crop = crop or square_crop
-    x, y, w, h = crop(width, height) if callable(crop) else crop
-    if min(x, y, w - 1, h - 1, width - x - w, height - y - h) < 0:
-        raise ValueError(f"the crop {x, y, w, h} is not inside {width}x{height}")
-    scale = f"{size}:{size}:flags=bilinear"  # planar RGB takes half the time of interleaved
-    return [("crop", f"{w}:{h}:{x}:{y}:exact=1"), ("scale", scale), ("format", "gbrp")]
+    """Filters that cut a crop (see Video.read) out of a picture of that size, scaled to size x size planar
+    RGB."""
+    if crop is None:
+        crop = square_crop
+    if callable(crop):
+        crop = crop(width, height)
+    x, y, w, h = crop
+    if w < 1 or h < 1 or not (0 <= x <= width - w and 0 <= y <= height - h):
+        raise ValueError(f"the crop {x, y, w, h} is not inside of the picture, {width}x{height}")
+    return [("crop", f"{w}:{h}:{x}:{y}:exact=1"),
+            ("scale", f"{size}:{size}:flags=bilinear"),
+            ("format", "gbrp")]  # takes half the time of interleaved RGB
 
 
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
     """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
 
-    The last one is repeated where it is too short. start: None draws one (from `generator`). crop: (x, y,
-    width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
+    The last one is repeated where the video is too short. start: None draws one (from `generator`). crop: (x,
+    y, width, height) of the displayed picture, scaled bilinearly; None: the centred square. Raises VideoError
     if the file cannot be read, ValueError for senseless arguments."""
-    if min(frames, stride, size) < 1 or (start or 0) < 0:
+    if min(frames, stride, size) < 1 or start is not None and start < 0:
         raise ValueError("frames, stride or size below 1, or start below 0")
     with Video(path) as video:
         if start is None:
             place = torch.rand((), generator=generator).item()
             start = frame_numbers(video.frames, frames, stride, place)[0]
-        clip, = video.read([(range(start, start + frames * stride, stride), crop)], size)
+        numbers = range(start, start + frames * stride, stride)
+        [clip] = video.read([(numbers, crop)], size)
     return torch.from_numpy(clip).transpose(0, 1).contiguous()
 
 
 # ============ clip: which frames, which part of the picture ============
+
 def frame_numbers(total, frames, stride, place=0.5):
-    """Numbers of `frames` frames out of `total`, a list; beyond the end where that is too short.
-    stride >= 1: every stride-th (Kinetics); place, 0 to 1, is where the clip lies. stride 0: one from each
-    of `frames` equal parts (Something-Something); place, a number or [frames], is where in its part."""
+    """Numbers of `frames` frames out of `total`, a list; where the video is too short they run beyond its
+    end.
+
+    stride >= 1: every stride-th frame (Kinetics); place, 0 to 1, says where in the video the clip lies.
+    stride 0: one frame out of each of `frames` equal parts of the video (Something-Something); place, a
+    number or a tensor [frames], says where in its part."""
     if stride == 0:
         numbers = (torch.arange(frames) + place) * total / frames  # [frames]
         return numbers.long().clamp(max=total - 1).tolist()
@@ -310,32 +535,37 @@ def square_crop(width, height, place=0.5):
     return int(place * (width - side)), int(place * (height - side)), side, side
 
 
-# Pretraining's crops, as the release: shares of the short side, width and height at most one step apart,
-# at one of 9 + 4 places, in quarters of what is free.
+# Pretraining's crops, as in the release: width and height are shares of the short side, at most one step of
+# this scale apart; the crop lies at one of 9 + 4 places, counted in quarters of the room that is left.
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
-CROP_SHAPES = [(CROP_SCALES[i], CROP_SCALES[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1]
+CROP_SHAPES = [(w, h) for w in CROP_SCALES for h in CROP_SCALES if abs(w - h) < 0.2]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
 
 
 def draw_multi_scale(generator):
     """Pretraining's crop: a function (displayed width, height) -> (x, y, w, h)."""
-    (scale_w, scale_h), (x, y) = [choice[int(torch.randint(len(choice), (), generator=generator))]
-                                  for choice in (CROP_SHAPES, CROP_PLACES)]
+    scale_w, scale_h = CROP_SHAPES[torch.randint(len(CROP_SHAPES), (), generator=generator)]
+    x, y = CROP_PLACES[torch.randint(len(CROP_PLACES), (), generator=generator)]
 
     def crop(width, height):
-        w, h = [max(1, int(min(width, height) * scale)) for scale in (scale_w, scale_h)]
+        short = min(width, height)
+        w = max(1, int(short * scale_w))
+        h = max(1, int(short * scale_h))
         return x * ((width - w) // 4), y * ((height - h) // 4), w, h
     return crop
 
 
 def draw_resized(generator):
-    """Fine-tuning's crop (Inception's, as VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3, anywhere."""
-    draws = torch.rand(10, 4, generator=generator).tolist()  # the first that fits counts
+    """Fine-tuning's crop (Inception's, as in VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3,
+    anywhere."""
+    draws = torch.rand(10, 4, generator=generator).tolist()
 
     def crop(width, height):
-        for area, aspect, x, y in draws:
-            area, aspect = (0.08 + 0.92 * area) * width * height, (4 / 3) ** (2 * aspect - 1)
-            w, h = max(1, round((area * aspect) ** 0.5)), max(1, round((area / aspect) ** 0.5))
+        for area, aspect, x, y in draws:  # the first that fits counts
+            pixels = (0.08 + 0.92 * area) * width * height
+            ratio = (4 / 3) ** (2 * aspect - 1)
+            w = max(1, round((pixels * ratio) ** 0.5))
+            h = max(1, round((pixels / ratio) ** 0.5))
             if w <= width and h <= height:
                 return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
         return square_crop(width, height)
@@ -343,75 +573,117 @@ def draw_resized(generator):
 
 
 def seeded(*key):
-    """A torch.Generator that is a function of these integers."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    """A torch.Generator that is a function of these integers, Python's or NumPy's."""
+    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 # ============ data set: folders and lists ============
+
 class Videos:
     """Paths, labels (int64 [n], -1: none) and class names (a list, or None) of a data set.
-    The paths are one tensor of bytes, which workers share: strings would be copied into each."""
+
+    The paths are one tensor of bytes, which workers share: strings would be copied into every worker."""
     def __init__(self, root, names, labels=None, classes=None):
         encoded = [os.fsencode(name) for name in names]
-        self.root, self.names = root, torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self.root = root
+        self.names = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
         self.ends = torch.tensor([0] + [len(name) for name in encoded]).cumsum(0)
-        self.labels, self.classes = torch.tensor(labels or [-1] * len(encoded)), classes
+        self.labels = torch.tensor(labels or [-1] * len(names))
+        self.classes = classes
 
     def __len__(self):
         return len(self.labels)
 
-    def name(self, i):  # as the list has it, or relative to the folder
+    def name(self, i):
+        """As the list has it, or relative to the folder."""
         return os.fsdecode(self.names[self.ends[i]:self.ends[i + 1]].numpy().tobytes())
 
     def path(self, i):
-        return os.path.join(self.root, self.name(i))
+        return join(self.root, self.name(i))
 
 
 def find_videos(source, classes=None):
-    """The Videos of a folder or a list file. Raises ValueError where there are none.
+    """The Videos of a folder or of a list file. Raises ValueError where there are none.
 
     A folder is searched to any depth for files with a video's suffix; hidden ones are skipped. Its class
-    folders become labels 0, 1, ... by name, or those of `classes` (another split's); without them, or with
-    videos beside them, there are no labels. A list has `path[ label]` on each line, separated by space,
-    comma or tab; the last field is the label if it is an integer. Relative paths start at its folder. Blank
-    lines and # comments are skipped."""
-    source, labels = os.fspath(source), {}
-    if os.path.isdir(source):
+    folders become labels 0, 1, ... by name, or those of `classes` (another split's); without class folders,
+    or with videos beside them, there are no labels. A list has `path[ label]` on each line, separated by
+    space, comma or tab; the last field is the label if it is an integer. Relative paths start at the list's
+    folder. A line that repeats is one more video. A comment is # and a blank, or # and what names no file."""
+    source = os.fspath(source)
+    if isdir(source):
         return find_in_folder(source, classes)
-    if not os.path.exists(source) or source.lower().endswith(SUFFIXES):
+    if not exists(source) or source.lower().endswith(SUFFIXES):
         raise ValueError(f"{source}: is no folder or list of videos")
+    return find_in_list(source)
+
+
+LIST_LINE = re.compile(r"(.+?)(?:(?<![,\s])[,\s]+([+-]?\d{1,6}))?")  # a path, and perhaps a label
+
+
+def find_in_list(source):
+    folder = dirname(source)
+    names, labels = [], []
+    label_of = {}
+    lines = {}  # the first with a label, under True, and the first without one, under False
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # names can be any bytes
         for number, line in enumerate(map(str.strip, file), 1):
-            if line and line[0] != "#":
-                path, label = re.fullmatch(r"(.+?)(?:(?<![,\s])[,\s]+([+-]?\d{1,6}))?", line).groups("-1")
-                if "\0" in line or labels.setdefault(path, int(label)) != int(label):
-                    raise ValueError(f"{source}, line {number}: no text, or a second label")
-    if len({label < 0 for label in labels.values()}) != 1:
-        raise ValueError(f"{source}: no videos, or labels for some alone")
-    return Videos(os.path.dirname(source), list(labels), list(labels.values()))
+            if "\0" in line:
+                raise ValueError(f"{source}, line {number}: this is no text")
+            if not line:
+                continue
+            name, label = LIST_LINE.fullmatch(line).groups("-1")
+            label = int(label)
+            # HMDB51 has videos whose names begin with #.
+            if line[0] == "#" and not (line[1:2].strip() and exists(join(folder, name))):
+                continue
+            names.append(name)
+            labels.append(label)
+            if label_of.setdefault(name, label) != label:
+                raise ValueError(f"{source}, line {number}: a second label for {name}")
+            lines.setdefault(label >= 0, f"line {number} ({line:.60})")
+    if not names:
+        raise ValueError(f"{source}: has no videos")
+    if len(lines) == 2:
+        raise ValueError(f"{source}, {lines[False]}: has no number as its label, unlike {lines[True]}. "
+                         "Is it a header?")
+    return Videos(folder, names, labels)
 
 
 def find_in_folder(source, classes):
-    names, folders, errors = [], [], []
+    names, errors = [], []
+    folders = None  # those at the top
     for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
-        inside[:] = sorted(name for name in inside if name[0] != "." and not (  # nor links in circles
-            (link := Path(folder, name)).is_symlink() and link.resolve() in map(Path.resolve, link.parents)))
-        folders = folders or list(inside)  # those at the top
-        names += [os.path.relpath(os.path.join(folder, name), source) for name in sorted(files)
-                  if name[0] != "." and name.lower().endswith(SUFFIXES)]
+        inside[:] = sorted(name for name in inside if name[0] != "." and not is_circle(Path(folder, name)))
+        folders = folders or list(inside)
+        for name in sorted(files):
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
+                names.append(relpath(join(folder, name), source))
     if errors or not names:
         raise ValueError(f"{source}: {errors[0] if errors else f'holds no videos {SUFFIXES}'}")
+    tops = [name.partition(os.sep)[0] for name in names]  # classes, or the videos themselves
+    if {"train"} < set(tops) <= {"train", "val", "valid", "validation", "test"}:
+        raise ValueError(f"{source}: its folders are splits, no classes: name one of them, as {source}/train")
     if not all(os.sep in name for name in names):
         return Videos(source, names)
-    numbers = {name: i for i, name in enumerate(classes or folders)}
-    labels = [numbers.get(name.split(os.sep)[0]) for name in names]
-    if None in labels:
-        raise ValueError(f"{source}: {names[labels.index(None)]} is in no known class ({len(numbers)})")
-    return Videos(source, names, labels, list(numbers))
+    numbers = {name: number for number, name in enumerate(classes or folders)}
+    unknown = set(tops) - set(numbers)
+    if unknown:
+        raise ValueError(f"{source}: {min(unknown)} is no known class ({len(numbers)})")
+    return Videos(source, names, [numbers[top] for top in tops], list(numbers))
+
+
+def is_circle(path):
+    """Whether this folder is a link to one that it lies in."""
+    return path.is_symlink() and path.resolve() in map(Path.resolve, path.parents)
 
 
 # ============ data set: clips ============
+WHICH, WHERE, MASK, AUGMENT = range(4)  # what a draw is for: with the key, the seed of its random numbers
+
+
+@dataclass
 class Clips(Dataset):
     """Clips of videos, each a function of (seed, epoch, index). `clips[epoch, index]` is one item:
 
@@ -422,183 +694,317 @@ class Clips(Dataset):
         bad    list of (path, reason): files that could not be read
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
-    `transform`, a picklable uint8 [T, 3, size, size] -> the same, by torch's global generator.
-    An unreadable file is replaced by another draw; ATTEMPTS in a row are a VideoError.
-    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre);
-    zeros for an unreadable file.
+    `transform`, a picklable uint8 [T, 3, size, size] -> the same, by torch's global generator. An unreadable
+    file is replaced by another draw; where ATTEMPTS in a row fail there is a VideoError.
+    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre); zeros for an
+    unreadable file.
     An index beyond the videos is another draw of index % len."""
-    def __init__(self, videos, frames=16, stride=4, size=224, seed=0, train=True, repeats=1, views=(1, 1),
-                 mask=None, draw_crop=draw_multi_scale, transform=None):
-        self.videos, self.frames, self.stride, self.size, self.seed = videos, frames, stride, size, seed
-        self.train, self.repeats, self.views = train, repeats, views
-        self.mask, self.draw_crop, self.transform = mask, draw_crop, transform
-        self.bad, self.board = {}, None  # see `announced`
+    videos: Videos
+    frames: int = 16
+    stride: int = 4
+    size: int = 224
+    seed: int = 0
+    train: bool = True
+    repeats: int = 1
+    views: tuple = (1, 1)
+    mask: object = None
+    draw_crop: object = draw_multi_scale
+    transform: object = None
+
+    def __post_init__(self):
+        self.bad = {}  # number of a video -> why the loader leaves it out
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        video, bad, draw = key[1] % len(self.videos), [], partial(seeded, self.seed, *key)
-        for attempt in range(ATTEMPTS if self.train else 1):
-            if attempt:  # by the key alone: what failed elsewhere plays no part
-                video = int(torch.randint(len(self.videos), (), generator=draw(attempt, 0)))
-            try:
-                with announced(self, video), Video(self.videos.path(video)) as file:
-                    views = list(self.choose(file.frames, draw(attempt, 1)))
-                    clips, label = np.stack(file.read(views, self.size)), int(self.videos.labels[video])
-                break
-            except VideoError as error:
-                bad.append((self.videos.path(video), str(error)))
-        else:
-            if self.train:
-                raise VideoError(f"over half of the videos are unreadable, as {': '.join(bad[0])}")
-            video = label = -1
-            clips = np.zeros((math.prod(self.views), 3, self.frames, self.size, self.size), np.uint8)
-        item = {"video": torch.from_numpy(clips), "label": label, "index": video, "bad": bad}
+        draw = partial(seeded, self.seed, *key)
+        item = self.read(int(key[1]) % len(self), draw)
         if self.train and self.transform:
             with torch.random.fork_rng(devices=[]):  # puts the global generator back
-                torch.manual_seed(draw(3).initial_seed())
+                torch.manual_seed(draw(AUGMENT).initial_seed())
                 views = [self.transform(view) for view in item["video"].transpose(1, 2)]
-                item["video"] = torch.stack(views).transpose(1, 2)
+            item["video"] = torch.stack(views).transpose(1, 2)
         if self.mask:
-            item["mask"] = self.mask(generator=draw(2))
+            item["mask"] = self.mask(generator=draw(MASK))
         return item
 
+    def read(self, video, draw):
+        """The item of this video, or of another one where it cannot be read."""
+        bad = []
+        for attempt in range(ATTEMPTS if self.train else 1):
+            if attempt:  # by the key alone: what failed for others plays no part
+                video = int(torch.randint(len(self), (), generator=draw(attempt, WHICH)))
+            path = self.videos.path(video)
+            try:
+                with announced(self, video), Video(path) as file:
+                    clips = np.stack(file.read(self.choose(file.frames, draw(attempt, WHERE)), self.size))
+                return {"video": torch.from_numpy(clips), "label": int(self.videos.labels[video]),
+                        "index": video, "bad": bad}
+            except VideoError as error:
+                bad.append((path, str(error)))
+        if self.train:
+            raise VideoError(f"{ATTEMPTS} draws in a row failed; the last: {path}: {bad[-1][1]}")
+        empty = torch.zeros(math.prod(self.views), 3, self.frames, self.size, self.size, dtype=torch.uint8)
+        return {"video": empty, "label": -1, "index": -1, "bad": bad}
+
     def choose(self, total, generator):
-        """Yields R views (frame numbers, crop) of a video of `total` frames."""
-        numbers = partial(frame_numbers, total, self.frames, self.stride)
-        for _ in range(self.repeats if self.train else 0):
+        """R views, (frame numbers, crop), of a video of `total` frames."""
+        if not self.train:
+            return self.spread(total)
+        views = []
+        for _ in range(self.repeats):
             place = torch.rand(() if self.stride else self.frames, generator=generator)
-            yield numbers(place), self.draw_crop(generator)
-        clips, crops = (0, 0) if self.train else self.views
-        for clip, crop in itertools.product(range(clips), range(crops)):
-            # dense clips reach from end to end, as VideoMAE's; spread ones interleave
-            place = clip / (clips - 1) if self.stride and clips > 1 else (clip + 0.5) / clips
+            numbers = frame_numbers(total, self.frames, self.stride, place)
+            views.append((numbers, self.draw_crop(generator)))
+        return views
+
+    def spread(self, total):
+        """Evaluation's views: every crop of every clip. Dense clips reach from end to end of the video, as
+        VideoMAE's; spread ones interleave."""
+        clips, crops = self.views
+        views = []
+        for clip, crop in product(range(clips), range(crops)):
+            place = (clip + 0.5) / clips
+            if self.stride and clips > 1:
+                place = clip / (clips - 1)
+            numbers = frame_numbers(total, self.frames, self.stride, place)
             side = crop / (crops - 1) if crops > 1 else 0.5
-            yield numbers(place), partial(square_crop, place=side)
+            views.append((numbers, partial(square_crop, place=side)))
+        return views
 
 
+@dataclass
 class Scenes(Dataset):
-    """Clips of DAVIS's folders, squeezed to a square: items as those of Clips, one view each,
-    and `truth`, the masks at their own size: int64 [T, H, W],
-    objects 0, 1, …, and -1 (theirs is 255), which does not count.
+    """Clips of DAVIS's folders, squeezed to a square: items as those of Clips, one view each, and
 
-    A folder below JPEGImages is a video, its masks lie below Annotations,
-    frames without one are skipped. Of a full DAVIS the validation videos, as the paper."""
-    def __init__(self, root, frames=16, stride=1, size=224):
-        self.frames, self.stride, self.size = frames, stride, size
-        self.bad, self.board, videos = {}, None, {}
-        root, listed = Path(root), Path(root) / "ImageSets/2017/val.txt"
+        truth  int64 [T, H, W], the masks at their own size: objects 0, 1, ..., and -1: does not count
+
+    A folder below JPEGImages is a video, its masks lie below Annotations, frames without a mask are skipped.
+    Of two resolutions 480p is taken, of a full DAVIS the validation videos, as in the paper. A video that
+    cannot be read is named in `bad`, and its index is -1."""
+    root: str
+    frames: int = 16
+    stride: int = 1
+    size: int = 224
+
+    def __post_init__(self):
+        self.bad = {}
+        root = Path(self.root)
+        listed = root / "ImageSets/2017/val.txt"
         chosen = listed.read_text().split() if listed.is_file() else None
-        for frame in sorted((root / "JPEGImages").rglob("*.jpg")):
+        size = "480p" if (root / "JPEGImages/480p").is_dir() else ""
+        videos = {}
+        for frame in sorted((root / "JPEGImages" / size).rglob("*.jpg")):
             mask = root / "Annotations" / frame.relative_to(root / "JPEGImages").with_suffix(".png")
-            if mask.exists() and (chosen is None or frame.parent.name in chosen):
+            if mask.exists() and (not chosen or frame.parent.name in chosen):
                 videos.setdefault(frame.parent, []).append((frame, mask))
-        self.videos = list(videos.values())  # of each its (frame, mask) in order
         if not videos:
             raise ValueError(f"{root}: no .jpg below JPEGImages has its .png below Annotations")
+        self.videos = list(videos.values())  # of each its (frame, mask) in order
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        pairs, square = self.videos[key[1]], (self.size, self.size)
-        numbers = frame_numbers(len(pairs), self.frames, self.stride)
-        frames, masks = zip(*(pairs[min(n, len(pairs) - 1)] for n in numbers))  # the last again where short
-        with announced(self, key[1]), file_errors():
-            pictures = [Image.open(path).convert("RGB").resize(square, Image.BILINEAR) for path in frames]
-            video, truth = (torch.from_numpy(np.stack([np.asarray(picture) for picture in clip]))
-                            for clip in (pictures, map(Image.open, masks)))
-            if truth.ndim != 3:
-                raise ValueError(f"{masks[0]} has colours: masks must be indexed or grey")
-        objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
-        return {"video": video.permute(3, 0, 1, 2)[None], "truth": objects.where(truth != 255, -1),
-                "index": key[1], "label": -1, "bad": []}
+        number, bad = int(key[1]), []
+        pairs = self.videos[number]
+        try:
+            with announced(self, number), file_errors():
+                video, truth = self.read(pairs)
+        except VideoError as error:
+            bad.append((str(pairs[0][0].parent), str(error)))
+            number = -1
+            video = torch.zeros(1, 3, self.frames, self.size, self.size, dtype=torch.uint8)
+            truth = torch.full((self.frames, self.size, self.size), -1)
+        return {"video": video, "truth": truth, "label": -1, "index": number, "bad": bad}
 
+    def read(self, pairs):
+        """The middle of a video, uint8 [1, 3, T, size, size], and its masks."""
+        # The last one again where the video is too short.
+        numbers = frame_numbers(len(pairs), self.frames, self.stride)
+        chosen = [pairs[min(n, len(pairs) - 1)] for n in numbers]
+        square = (self.size, self.size)
+        pictures = [Image.open(frame).convert("RGB").resize(square, Image.BILINEAR) for frame, _ in chosen]
+        video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]
+        truth = torch.from_numpy(np.stack([open_mask(mask) for _, mask in chosen]))
+        objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
+        # DAVIS-2016 paints its one object with 255, which in 2017 is the border that does not count. A video
+        # of 2016 has no other number in any of its masks.
+        if all(np.isin(open_mask(mask), (0, 255)).all() for _, mask in pairs):
+            return video, objects
+        return video, objects.where(truth != 255, -1)
+
+
+def open_mask(path):
+    """A mask's numbers, int64 [H, W]."""
+    picture = Image.open(path)
+    if picture.mode == "LA":
+        picture = picture.convert("L")  # without alpha
+    mask = np.asarray(picture).astype(np.int64)
+    if mask.ndim != 2:
+        raise VideoError(f"{path.name} has colours: masks must be indexed or grey")
+    return mask
+
+
+# ============ batches ============
 
 def collate(items):
     """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list); of a single
     item also `truth`, masks of any size."""
-    batch = {key: torch.cat([item[key] for item in items]) for key in ("video", "mask", "truth")
-             if key in items[0]}
+    batch = {"bad": sum((item["bad"] for item in items), [])}
+    for key in ("video", "mask", "truth"):
+        if key in items[0]:
+            batch[key] = torch.cat([item[key] for item in items])
+    views = len(items[0]["video"])
     for key in ("label", "index"):
-        batch[key] = torch.tensor([item[key] for item in items]).repeat_interleave(len(items[0]["video"]))
-    batch["bad"] = [entry for item in items for entry in item["bad"]]
+        batch[key] = torch.tensor([item[key] for item in items]).repeat_interleave(views)
     return batch
 
 
 def normalize(video, dtype=torch.float32):
     """uint8 [B, 3, T, H, W] -> ImageNet-normalised, of `dtype`, on the video's device."""
-    # filled, not copied: nothing waits for the GPU
-    mean, std = [torch.stack([video.new_full((1, 1, 1), value, dtype=torch.float32) for value in values])
-                 for values in (IMAGENET_MEAN, IMAGENET_STD)]
-    return (video * (1 / (255 * std)) - mean / std).to(dtype)  # (video / 255 - mean) / std in two passes
+    def channels(values):
+        """[3, 1, 1, 1], filled on the device: to copy them would wait for the GPU."""
+        return torch.stack([video.new_full((1, 1, 1), value, dtype=torch.float32) for value in values])
+
+    mean = channels(IMAGENET_MEAN)
+    std = channels(IMAGENET_STD)
+    scaled = video * (1 / (255 * std)) - mean / std  # (video / 255 - mean) / std in two passes
+    return scaled.to(dtype)
 
 
 def batches_to_device(batches, device):
-    """Batches with their videos on the device, one ahead: a GPU copies the next on a stream of its own."""
-    cuda, ahead = device.type == "cuda", None
-    side = torch.cuda.Stream(device) if cuda else None
+    """The batches with their videos on the device. To a GPU the next one is copied, on a stream of its own,
+    while the current one is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)
+    ahead = None
     for batch in batches:
-        with torch.cuda.stream(side) if cuda else contextlib.nullcontext():
+        with torch.cuda.stream(copying):
             batch["video"] = batch["video"].to(device, non_blocking=True)
         if ahead is not None:
             yield ahead
-        if cuda:
-            torch.cuda.current_stream().wait_stream(side)
-            batch["video"].record_stream(torch.cuda.current_stream())  # in use there
+        current = torch.cuda.current_stream()
+        current.wait_stream(copying)
+        batch["video"].record_stream(current)  # its memory stays until this stream is done with it
         ahead = batch
     if ahead is not None:
         yield ahead
 
 
-# ============ loader: the order ============
+@dataclass
 class EpochSampler:
-    """Batches of (epoch, index) of a rank, steps `start` to before `stop` (None: no end). Raises ValueError.
+    """Batches of (epoch, index) of one rank, steps `start` to before `stop` (None: no end). Raises
+    ValueError.
 
-    batch_size counts clips of this rank, `repeats` of them a video. Every epoch is a permutation by (seed,
-    epoch), cut into global batches, these into ranks. What does not fill the last batch is left out; videos
-    that do not fill one come again, as other draws. steps_per_epoch is a multiple of `accumulate`."""
-    def __init__(self, length, batch_size, rank=0, world=1, seed=0, repeats=1, accumulate=1, start=0,
-                 stop=None):
-        if min(length, batch_size, repeats) < 1 or batch_size % repeats:
-            raise ValueError(f"{batch_size} clips of {length} videos cannot be {repeats} clips a video")
-        self.length, self.rank, self.world, self.seed = length, rank, world, seed
-        self.start, self.stop, self.videos = start, stop, batch_size // repeats
-        self.steps_per_epoch = max(1, length // (self.videos * world * accumulate)) * accumulate
+    batch_size counts clips of this rank, `repeats` of them from each video. Every epoch is a permutation by
+    (seed, epoch), cut into global batches, and these into the ranks' parts. What does not fill the last batch
+    is left out; videos that do not fill one batch come again, as other draws. steps_per_epoch is a multiple
+    of `accumulate`."""
+    length: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+    repeats: int = 1
+    accumulate: int = 1
+    start: int = 0
+    stop: int = None
+
+    def __post_init__(self):
+        if min(self.length, self.batch_size, self.repeats) < 1 or self.batch_size % self.repeats:
+            raise ValueError(f"{self.batch_size} clips of {self.length} videos cannot be "
+                             f"{self.repeats} clips a video")
+        self.videos = self.batch_size // self.repeats  # in a batch
+        whole = self.length // (self.videos * self.world * self.accumulate)
+        self.steps_per_epoch = max(1, whole) * self.accumulate
 
     def __iter__(self):
         permuted = None
-        for step in itertools.islice(itertools.count(), self.start, self.stop):
-            epoch, step = divmod(step, self.steps_per_epoch)
+        step = self.start
+        while self.stop is None or step < self.stop:
+            epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != permuted:
-                order, permuted = torch.randperm(self.length, generator=seeded(self.seed, epoch)), epoch
-            # ranks' parts lie side by side; after the last video comes the first
-            first = (step * self.world + self.rank) * self.videos
-            numbers = range(first, first + self.videos)
-            yield [(epoch, i - i % self.length + int(order[i % self.length])) for i in numbers]
+                order = torch.randperm(self.length, generator=seeded(self.seed, epoch))
+                permuted = epoch
+            first = (place * self.world + self.rank) * self.videos  # the ranks' parts lie side by side
+            numbers = range(first, first + self.videos)  # after the last video comes the first again
+            yield [(epoch, n - n % self.length + int(order[n % self.length])) for n in numbers]
+            step += 1
 
 
 # ============ loader: the workers ============
-# They come from a server process with one thread and everything imported: none inherits a held lock,
-# and a start takes 0.1 s. (Windows: spawn.)
+# PyTorch's DataLoader makes batches in worker processes. A broken video can crash or hang the decoder, and
+# with it a worker; the functions here find out which video it was, try it once more, and go on without it.
+#
+# The workers come from a server process ("forkserver") that has one thread and everything imported: none
+# inherits a lock that another thread holds, and a start takes 0.1 s. Windows knows only "spawn".
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-# Exit codes; on Windows from 0xC0000000 on. SIGBUS is none: that is a full /dev/shm.
+# Exit codes of crashes; on Windows these are from 0xC0000000 on. SIGBUS is none: it means a full /dev/shm.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
-IDLE = -1.0  # on the board: no video is read
+READ_SECONDS = 120  # after which the reading of a video is taken to hang
+IDLE_SECONDS = 60  # without a batch, though no worker makes one: an error
+WATCH_SECONDS = 1  # how often the loader looks after its workers
+# The board is memory that is shared with the workers, a row for each: whether it makes an item, the number of
+# the video that it reads, and the time from which on that counts as hanging.
+MAKES, VIDEO, DEADLINE = range(3)
+NOTHING = -1
+
+
+@dataclass
+class Watched(Dataset):
+    """A data set whose workers write on the board. strikes: the videos that took a worker along."""
+    dataset: Dataset
+    board: torch.Tensor
+    strikes: set
+
+    def __getitem__(self, key):
+        row = self.board[get_worker_info().id]
+        row[MAKES] = 1
+        try:
+            return self.dataset[key]
+        finally:
+            row[MAKES] = 0
+
+
+@contextmanager
+def announced(dataset, number, limit=READ_SECONDS):
+    """Stands around the reading of a video, and writes it on the board. The second try gets twice the time:
+    slow is not hung. Raises VideoError if the loader has given this video up."""
+    if number in dataset.bad:
+        raise VideoError(dataset.bad[number])
+    worker = get_worker_info()
+    if worker is None or not isinstance(worker.dataset, Watched):  # a plain DataLoader's
+        yield
+        return
+    row = worker.dataset.board[worker.id]
+    patience = 2 * limit if number in worker.dataset.strikes else limit
+    row[DEADLINE] = monotonic() + patience
+    row[VIDEO] = number
+    try:
+        yield
+    finally:
+        row[VIDEO] = NOTHING
 
 
 def preload_workers():
     """Starts the fork server and its imports in the background."""
-    if START_METHOD == "forkserver":
-        from multiprocessing import forkserver  # not everywhere
-        multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "av.filter", "tqdm"])
+    if START_METHOD != "forkserver":
+        return
+    from multiprocessing import forkserver  # not everywhere
+    multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "av.filter", "tqdm"])
+    try:
         forkserver.ensure_running()
+    except OSError as error:
+        raise WorkerError(f"workers cannot start ({error}): is TMPDIR's name too long?") from None
 
 
 def start_worker(_):
-    """Runs first in a worker: it ends with the training process, even a killed one (torch looks only at
-    the fork server), not by Ctrl-C, which goes to all."""
+    """Runs first in a worker: it ends with the training process, even a killed one (PyTorch looks only at the
+    fork server), and not by Ctrl-C, which goes to all processes."""
     def leave_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -607,245 +1013,283 @@ def start_worker(_):
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def announced(dataset, number, limit=READ_SECONDS):
-    """Around the reading of a video: its number stands on the board, in the worker's row, with the time
-    from which it counts as hanging. Raises VideoError if dataset.bad knows it."""
-    if number in dataset.bad:
-        raise VideoError(dataset.bad[number])
-    worker = get_worker_info()
-    row = torch.zeros(2) if worker is None or dataset.board is None else dataset.board[worker.id]
-    row[1], row[0] = time.monotonic() + limit, number
-    try:
-        yield
-    finally:
-        row[0] = IDLE
-
-
 def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetch=2):
-    """Yields the batches of these lists of keys (an EpochSampler's), made by `workers` processes.
+    """Yields the batches of these lists of keys (an EpochSampler's), made by `workers` processes, each of
+    them `prefetch` batches ahead.
 
-    A video that hangs or crashes its worker is noted in dataset.bad, and its batch made again by fresh
-    workers, with another draw; with workers=0 it takes the program down. Raises VideoError if most videos
-    are unreadable, WorkerError where no video is to blame or too many are.
-    dataset: Clips, or any with bad = {} and board = None that reads inside announced(self, number)."""
-    if not workers:
+    A video that hangs or crashes its worker twice is noted in dataset.bad, and its batch made again by fresh
+    workers, with another draw; with workers=0 it takes the program down. Raises VideoError where draws fail
+    too often in a row, WorkerError where no video is to blame or too many are; an error in the data set's own
+    code stays itself. dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self,
+    number)."""
+    if workers == 0:
         yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         return
     preload_workers()
-    failed, keys, pending = 0, iter(batches), collections.deque()
-    while failed < ATTEMPTS:
-        keys, pending = itertools.chain(pending, keys), collections.deque()  # first what the lost ones had
-        dataset.board = torch.full((workers, 2), IDLE, dtype=torch.float64).share_memory_()
-        # A timeout leaves the iterator whole: the time to look after the workers.
+    keys = iter(batches)
+    strikes = set()
+    starts = 0  # of the workers, without a batch since
+    while starts < ATTEMPTS:
+        board = torch.full((workers, 3), NOTHING, dtype=torch.float64).share_memory_()
+        keys, asked = tee(keys)  # the workers are asked for batches before `keys` gets there
+        # The timeout leaves the DataLoader whole: it is the time to look after the workers.
         loader = DataLoader(
-            dataset, batch_sampler=(pending.append(k) or k for k in keys), num_workers=workers,
+            Watched(dataset, board, strikes), batch_sampler=asked, num_workers=workers,
             multiprocessing_context=START_METHOD, worker_init_fn=start_worker, timeout=WATCH_SECONDS,
             pin_memory=pin_memory, collate_fn=collate, prefetch_factor=prefetch)
-        made, since, blamed = None, time.monotonic(), {}
+        iterator = None
+        blamed = {}
+        busy = monotonic()  # when a worker was last seen to make something
         try:
             while not blamed:
                 try:
-                    if made is None:
-                        made, since = iter(loader), time.monotonic()
-                    batch = next(made)
+                    if iterator is None:
+                        iterator = iter(loader)
+                    batch = next(iterator)
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError, VideoError) as error:
                     error.__traceback__ = None  # it would keep the workers alive
-                    blamed = judge(error, getattr(made, "_workers", ()), dataset.board.tolist(), since)
+                    blamed = judge(error, getattr(iterator, "_workers", ()), board.tolist())
+                    if 1 in board[:, MAKES]:
+                        busy = monotonic()
+                    if monotonic() > busy + IDLE_SECONDS:
+                        raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker makes one: is "
+                                          "/dev/shm full (docker's --shm-size)?") from None
                 else:
-                    failed = 0
-                    pending.popleft()
+                    starts = 0
+                    next(keys)
                     yield batch
-                    since = time.monotonic()  # work on the batch is no waiting
+                    busy = monotonic()  # work on the batch is no waiting
         finally:
-            del made  # ends the workers
-        dataset.bad.update(blamed)
-        failed += 1
-    raise WorkerError(f"{failed} videos in a row crashed or hung their decoders")
+            del iterator  # ends the workers
+        dataset.bad.update({video: why for video, why in blamed.items() if video in strikes})
+        strikes.update(blamed)
+        starts += 1
+    raise WorkerError(f"{starts} times in a row the workers were lost to videos that crash or hang decoders")
 
 
-def judge(error, workers, board, since):
-    """What DataLoader's error means: {video: reason} to leave out (none: wait on), or an error to raise.
-    board: (video, end of its time) of each worker; since: when the waiting began."""
-    if isinstance(error, VideoError):  # a worker's comes with its traceback in the text
-        raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
-    if not isinstance(error, RuntimeError):  # a connection breaks before its worker has ended
-        time.sleep(WATCH_SECONDS)
-        error = WorkerError(f"workers are lost, try again: {(str(error) or repr(error)).splitlines()[-1]}")
-    now, blamed, full = time.monotonic(), {}, "/dev/shm full (docker's --shm-size)?"
-    # A crash or a hang is blamed on the video on the board; other ends came from outside.
-    for worker, (video, limit) in zip(workers, board):
+def judge(error, workers, board):
+    """What an error of the DataLoader means: the videos that took a worker along, {number: why}, none if it
+    is only the timeout, or an error to raise."""
+    if "in DataLoader worker process" in str(error):  # of the data set itself; the text holds its traceback
+        if isinstance(error, VideoError):
+            raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
+        raise error
+    lost = not isinstance(error, RuntimeError)
+    if lost:
+        time.sleep(WATCH_SECONDS)  # a connection breaks before its worker has ended
+    blamed = {}
+    for worker, (_, video, deadline) in zip(workers, board):
         code = worker.exitcode
-        crashed = code in CRASHES or (code or 0) >= 0xC0000000
-        if video != IDLE and (crashed or code is None and now > limit):
-            blamed[int(video)] = f"its decoder {'crashed' if crashed else 'hung'}"
-            worker.kill()  # one that hangs hears nothing else
-        elif code is not None:
-            raise WorkerError(f"a worker has ended (exit code {code}): out of memory, or is {full}") from None
+        if code is None:
+            if video != NOTHING and monotonic() > deadline:
+                blamed[int(video)] = "its decoder hung"
+                worker.kill()  # one that hangs hears nothing else
+        elif video != NOTHING and (code in CRASHES or code >= 0xC0000000):
+            blamed[int(video)] = "its decoder crashed"
+        else:
+            reason = "out of memory, or is /dev/shm full (docker's --shm-size)?"
+            if code == 1:  # it could not even start
+                reason = 'does the program begin below `if __name__ == "__main__":`? Workers import it, too'
+            raise WorkerError(f"a worker has ended (exit code {code}): {reason}") from None
+    if lost and not blamed:
+        raise WorkerError(f"workers are lost, try again: {one_line(error)}") from None
     if not blamed and "DataLoader timed out" not in str(error):
         raise error
-    if not blamed and now > since + IDLE_SECONDS and all(video == IDLE for video, _ in board):
-        raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker reads: is {full}") from None
     return blamed
 
 
+# ======================================================================================================
+# Training needs nothing below this line.
+
+
 # ============ prepare: re-encoding for quick random access ============
-# Quick to enter anywhere: short groups; B-frames that nothing depends on, so dropped undecoded; no
-# arithmetic coding, no deblocking.
-X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:cabac=0:"
-        "no-deblock=1:log-level=-1"}
+# Any clip of the new files is quick to reach: a keyframe every few frames; B-frames that no other frame
+# needs, so that they are left out undecoded; no arithmetic coding and no deblocking filter, which take time
+# to decode.
+X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:"
+        "cabac=0:no-deblock=1:log-level=-1"}
+
+
+def smaller(width, height, short_side):
+    """Filters that bring the short side to at most `short_side`, in the usual format of H.264."""
+    shrink = min(1, short_side / min(width, height))
+    width = max(2, round(width * shrink / 2) * 2)  # H.264 wants even numbers
+    height = max(2, round(height * shrink / 2) * 2)
+    # These colours for all, as they are assumed where a file says nothing.
+    scale = f"{width}:{height}:flags=bicubic:out_range=tv:out_color_matrix=bt601"
+    return [("scale", scale), ("format", "yuv420p")]
 
 
 def reencode(source, target, gop, short_side):
-    """Writes a video anew as H.264 in mp4 without sound: a keyframe every `gop` frames, the short side at
-    most `short_side`, rotation applied, times kept. Raises VideoError if the source is damaged."""
-    def filters(width, height):
-        shrink = min(1, short_side / min(width, height))  # nothing is enlarged
-        width, height = [max(2, round(side * shrink / 2) * 2) for side in (width, height)]
-        colour = "out_range=tv:out_color_matrix=bt601"  # for all, as is assumed where none is given
-        return [("scale", f"{width}:{height}:flags=bicubic:{colour}"), ("format", "yuv420p")]
-
-    def pictures(video):
-        graph = FilterGraph(filters)
-        with file_errors():
-            for count, frame in enumerate(video.decode()):
-                yield (frame.pts or 0) if video.timed else count, graph(frame)
-
-    stream, last = None, -2**62
+    """Writes a video anew, to an open file, as H.264 in mp4 without sound: a keyframe every `gop` frames, the
+    short side at most `short_side`, rotation applied, times kept. Raises VideoError if the source is damaged
+    or cut off."""
+    graph = FilterGraph(partial(smaller, short_side=short_side))
     with Video(source) as video, av.open(target, "w", format="mp4") as output:
-        rate = video.stream.average_rate or Fraction(25)  # raw streams have none
-        for pts, frame in pictures(video):
+        if video.index.cut:
+            raise VideoError(video.index.cut)
+        rate = Fraction(video.stream.average_rate or 25)  # raw streams have none
+        clock = Fraction(video.stream.time_base) if video.times else 1 / rate
+        stream = None
+        for count, frame in enumerate(video.decode_all()):
+            picture = graph(frame)
             if stream is None:
                 stream = output.add_stream("libx264", rate, {**X264, "g": str(gop)}, thread_count=1,
-                                           width=frame.width, height=frame.height, pix_fmt="yuv420p")
-                stream.codec_context.time_base = video.stream.time_base if video.timed else 1 / rate
-            frame.pts = last = max(last + 1, pts)
-            frame.time_base, frame.pict_type = stream.codec_context.time_base, 0  # the encoder chooses
-            output.mux(stream.encode(frame))
-        if stream is None:
-            raise VideoError("it has no frames")
-        output.mux(stream.encode(None))
+                                           width=picture.width, height=picture.height, pix_fmt="yuv420p")
+                stream.codec_context.time_base = clock
+            picture.pts = frame.pts if video.times else count
+            picture.time_base = clock
+            picture.pict_type = 0  # the encoder chooses
+            output.mux(stream.encode(picture))
+        output.mux(stream.encode())
 
 
+@dataclass
 class Reencoder(Dataset):
     """Items: (number, why it failed or None). A data set for the loader."""
-    def __init__(self, videos, targets, *options):
-        self.videos, self.targets, self.options, self.bad, self.board = videos, targets, options, {}, None
+    videos: Videos
+    targets: Videos
+    options: tuple
+    bad: dict = field(default_factory=dict)
 
     def __getitem__(self, key):
-        number, target = key[1], Path(self.targets.path(key[1]))
-        part = target.with_suffix(".part")  # files appear whole
+        number = key[1]
+        target = Path(self.targets.path(number))
         try:
-            with announced(self, number, limit=3600):
-                if not target.exists():
-                    reencode(self.videos.path(number), part, *self.options)
-                    part.replace(target)
+            if not target.exists():
+                # A file without a name leaves nothing behind, even if this process is killed.
+                with announced(self, number, limit=3600), tempfile.TemporaryFile(dir=target.parent) as file:
+                    reencode(self.videos.path(number), file, *self.options)
+                    file.seek(0)
+                    save(target, file.read())
             return number, None
-        except VideoError as error:
-            return number, str(error)
-        finally:
-            part.unlink(missing_ok=True)
+        except (VideoError, av.FFmpegError, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise  # the disk is full: no video is to blame
+            return number, one_line(error)
 
 
 def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(path).parent / f".{uuid.uuid4().hex[:12]}.part"  # short, as names can be as long as they may
     part.write_bytes(content)
-    with contextlib.suppress(FileNotFoundError):  # another has finished, and tidied up
-        part.replace(path)
+    part.replace(path)
 
 
 def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     """Re-encodes a folder or list of videos into `directory`: same layout, labels and list name, as .mp4.
 
-    Damaged ones are left out (of the new list, too) and listed with reasons in directory/unreadable.txt;
-    their number is returned. Run again, it makes what is missing. Raises ValueError."""
-    videos, folder = find_videos(source), os.path.isdir(source)
-    paths = [os.path.abspath(videos.path(i)) for i in range(len(videos))]
-    top = os.path.commonpath([os.path.abspath(videos.root), *paths])  # a list's may lie elsewhere
-    old, new = Path(videos.root).resolve(), Path(directory).resolve()
-    if new in (old, Path(top).resolve()) or folder and old in new.parents:
+    Videos that are damaged or cut off are left out (of the new list, too) and listed with reasons in
+    directory/unreadable.txt; their number is returned. Run again, it makes what is missing; several machines
+    may share a directory. Raises ValueError."""
+    if gop < 1 or short_side < 1:
+        raise ValueError("--gop, --short-side: at least 1")
+    videos = find_videos(source)
+    is_folder = isdir(source)
+    paths = [abspath(videos.path(i)) for i in range(len(videos))]
+    top = Path(commonpath([abspath(videos.root), *paths]))  # a list's videos may lie elsewhere
+    old = Path(videos.root).resolve()
+    new = Path(directory).resolve()
+    if new in (old, top.resolve()) or is_folder and old in new.parents:
         raise ValueError(f"{directory} must lie outside of {source}")
-    if min(gop, short_side, workers) < 1:
-        raise ValueError("--gop, --short-side, --workers: at least 1")
-    names = [os.path.relpath(path, top) for path in paths]
-    bare = [os.path.splitext(name)[0] for name in names]  # but a.avi may lie beside a.mkv
-    names = [name + ".mp4" for name in (bare if len(set(bare)) == len(bare) else names)]
-    for name in {*(videos.classes or ()), *map(os.path.dirname, names)}:
-        Path(directory, name).mkdir(parents=True, exist_ok=True)  # an empty class keeps its number
-    work = Reencoder(videos, Videos(directory, names), gop, short_side)
-    items = load(work, ([(0, i)] for i in range(len(videos))), workers, collate=list)
-    reasons = dict(item for item, in tqdm(items, total=len(videos)))
-    lost = [f"{paths[i]}: {reason}\n" for i, reason in reasons.items() if reason]
-    kept = [names[i] + f" {label}" * (label >= 0) + "\n" for i, label in enumerate(videos.labels.tolist())
-            if not reasons[i]]
-    save(Path(directory, "unreadable.txt"), os.fsencode("".join(lost)))
-    if not folder:
+    names = [splitext(relpath(path, top))[0] + ".mp4" for path in paths]
+    if len(set(names)) < len(set(paths)):  # a.avi lies beside a.mkv
+        names = [relpath(path, top) + ".mp4" for path in paths]
+    for folder in {*map(dirname, names), *(videos.classes or ())}:
+        Path(directory, folder).mkdir(parents=True, exist_ok=True)  # an empty class keeps its number
+
+    number_of = {name: i for i, name in enumerate(names)}  # a list may name a video twice
+    work = Reencoder(videos, Videos(directory, names), (gop, short_side))
+    batches = [[(0, i)] for i in number_of.values()]
+    reasons = {}
+    for [(i, reason)] in tqdm(load(work, batches, workers, collate=list), total=len(batches), disable=None):
+        reasons[names[i]] = reason
+    lost, kept = set(), []
+    for name, path, label in zip(names, paths, videos.labels.tolist()):
+        if reasons[name]:
+            lost.add(f"{path}: {reasons[name]}\n")
+        else:
+            kept.append(f"{name}\n" if label < 0 else f"{name} {label}\n")
+    save(Path(directory, "unreadable.txt"), os.fsencode("".join(sorted(lost))))
+    if not is_folder:
         save(Path(directory, Path(source).name), os.fsencode("".join(kept)))
     return len(lost)
 
 
 # ============ demo: videos that need no download ============
-# Sixteen classes, appearance x motion:
-# who knows one is right one time in four.
-DEMO_TEXTURES, DEMO_MOTIONS = ("upright", "level", "checks", "dots"), ("still", "forth", "back", "shake")
-DEMO_SIZE, DEMO_FRAMES = 80, 24  # pixels a side, frames a video
-DEMO_TRAIN, DEMO_VAL, DEMO_MASKED = 40, 12, 4  # videos a class; those of val with masks
+# Sixteen classes, appearance times motion: who knows only one of the two is right one time in four.
+DEMO_TEXTURES = ("upright", "level", "checks", "dots")
+DEMO_MOTIONS = ("still", "forth", "back", "shake")
+DEMO_SIZE = 80  # pixels a side
+DEMO_FRAMES = 24  # frames a video
+DEMO_TRAIN = 40  # videos a class
+DEMO_VAL = 12
+DEMO_MASKED = 4  # of DEMO_VAL those with masks
 # mbtree would differ from run to run
 DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-params": "mbtree=0"}
 
 
 def demo_clip(rng, texture, motion):
     """One video, uint8 RGB [T, H, W, 3], and its masks [T, H, W]: 0 background, 1 object, 2 distractor.
-    A textured object rests, drifts down or up a diagonal, or shakes, over a panned background.
-    Its class is texture and motion; all else is nuisance."""
-    shape = DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE
-    t, y, x = [np.float32(axis - (axis.size - 1) / 2) for axis in np.ogrid[tuple(map(slice, shape))]]
-    draw = rng.uniform  # Python's floats: float32 arrays stay float32
 
-    def over(picture, alpha, rgb):
-        return picture + alpha * (rgb - picture)  # [3, T, H, W]
-
-    def shades(dark, light):
-        """A dark and a light shade of one hue, [2, 3, 1, 1, 1]."""
-        hue, saturation = draw(0, 1), draw(0.25, 0.8)
-        rgb = np.float32([colorsys.hsv_to_rgb(hue, saturation, draw(*value)) for value in (dark, light)])
-        return rgb[:, :, None, None, None]
+    A textured object rests, drifts down or up a diagonal, or shakes, over a panned background. Its class is
+    texture and motion; all else is nuisance, and drawn anew for every video."""
+    draw = rng.uniform  # gives Python's floats, so that float32 arrays stay float32
+    shape = (DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE)
+    # Coordinates, seen from the middle.
+    t, y, x = [np.float32(axis - (axis.size - 1) / 2) for axis in np.indices(shape, sparse=True)]
 
     # Background: slow waves between two shades, panned.
-    u, v = x + draw(-0.5, 0.5) * t, y + draw(-0.5, 0.5) * t
-    waves = sum(np.sin(draw(-0.12, 0.12) * u + draw(-0.12, 0.12) * v + draw(0, 6.3)) for _ in range(3))
-    dark, light = shades((0.3, 0.5), (0.6, 0.9))
-    picture = over(dark, 0.5 + 0.3 * waves, light)
+    u = x + draw(-0.5, 0.5) * t
+    v = y + draw(-0.5, 0.5) * t
+    waves = 0
+    for _ in range(3):
+        waves = waves + np.sin(draw(-0.12, 0.12) * u + draw(-0.12, 0.12) * v + draw(0, 6.3))
+    dark, light = shades(draw, (0.3, 0.5), (0.6, 0.9))
+    picture = dark + (0.5 + 0.3 * waves) * (light - dark)  # [3, T, H, W]
 
     # Distractor: a plain disc, drifting anywhere.
-    distance = np.hypot(x - draw(-30, 30) - draw(-1, 1) * t, y - draw(-30, 30) - draw(-1, 1) * t)
-    disc = np.clip(draw(6, 10) - distance + 0.5, 0, 1)
-    picture = over(picture, disc, shades((0.3, 1), (0, 0))[0])
+    across = x - draw(-30, 30) - draw(-1, 1) * t
+    down = y - draw(-30, 30) - draw(-1, 1) * t
+    disc = np.clip(draw(6, 10) - np.hypot(across, down) + 0.5, 0, 1)  # soft at its edge
+    colour, _ = shades(draw, (0.3, 1), (0, 0))
+    picture = picture + disc * (colour - picture)
 
-    # Object: a disc to a rounded square. In a tube it drifts by a quarter of its texture's period,
-    # or shakes by half of it.
-    period, speed = draw(9.2, 10.8), draw(1.1, 1.45)
-    shift = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}[motion]
-    u, v = x - draw(-8, 8) - shift, y - draw(-8, 8) - shift
+    # Object: between a disc and a rounded square. Within a tube it drifts by a quarter of its texture's
+    # period, or shakes by half of it.
+    wave = 2 * math.pi / draw(9.2, 10.8)
+    speed = draw(1.1, 1.45)
+    shifts = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}
+    u = x - draw(-8, 8) - shifts[motion]
+    v = y - draw(-8, 8) - shifts[motion]
     square = draw(0, 0.6)
     distance = (1 - square) * np.hypot(u, v) + square * np.maximum(np.abs(u), np.abs(v))
     body = np.clip(draw(26, 36) - distance + 0.5, 0, 1)
-    tilt, wave = draw(-0.1, 0.1), 2 * math.pi / period
+    tilt = draw(-0.1, 0.1)
     a = wave * (u * math.cos(tilt) + v * math.sin(tilt)) + draw(0, 6.3)
     b = wave * (v * math.cos(tilt) - u * math.sin(tilt)) + draw(0, 6.3)
-    field = {"upright": np.sin(a), "level": np.sin(b), "checks": 2 * np.sin(a) * np.sin(b),
-             "dots": np.cos(a) + np.cos(b) - 0.8}[texture]
-    dark, light = shades((0.1, 0.4), (0.75, 1))
-    picture = over(picture, body, over(dark, np.clip(1.2 * field + 0.5, 0, 1), light))
+    textures = {"upright": np.sin(a), "level": np.sin(b), "checks": 2 * np.sin(a) * np.sin(b),
+                "dots": np.cos(a) + np.cos(b) - 0.8}
+    dark, light = shades(draw, (0.1, 0.4), (0.75, 1))
+    painted = dark + np.clip(1.2 * textures[texture] + 0.5, 0, 1) * (light - dark)
+    picture = picture + body * (painted - picture)
 
     # Changing light, and grain.
     light = draw(0.75, 1.1) * (1 + draw(0, 0.12) * np.sin(draw(0.1, 0.5) * t + draw(0, 6.3)))
     picture = picture * (255 * light) + draw(2, 6) * rng.standard_normal(shape, dtype=np.float32)
     masks = np.select([body > 0.5, disc > 0.5], [1, 2]).astype(np.uint8)  # [T, H, W]
-    return np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)), masks
+    frames = picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)
+    return np.ascontiguousarray(frames), masks
+
+
+def shades(draw, dark, light):
+    """A dark and a light shade of one hue, [2, 3, 1, 1, 1]. dark, light: ranges of brightness."""
+    hue = draw(0, 1)
+    saturation = draw(0.25, 0.8)
+    colours = [colorsys.hsv_to_rgb(hue, saturation, draw(*brightness)) for brightness in (dark, light)]
+    return np.float32(colours)[:, :, None, None, None]
 
 
 def write_demo_clip(directory, seed, split, texture, motion, number):
@@ -857,11 +1301,12 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
     key = [seed, split == "val", DEMO_TEXTURES.index(texture), DEMO_MOTIONS.index(motion), number]
     frames, masks = demo_clip(np.random.default_rng(key), texture, motion)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind, pictures, suffix in (("JPEGImages", frames, "jpg"), ("Annotations", masks, "png")):
-        folder = Path(directory, "davis", kind, f"{name}-{number:02}")
-        for i, picture in enumerate(pictures if split == "val" and number < DEMO_MASKED else ()):
+    if split == "val" and number < DEMO_MASKED:
+        for kind, pictures, suffix in (("JPEGImages", frames, "jpg"), ("Annotations", masks, "png")):
+            folder = Path(directory, "davis", kind, f"{name}-{number:02}")
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(folder / f"{i:05}.{suffix}", quality=95)
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / f"{i:05}.{suffix}", quality=95)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "bitexact"}) as file:  # no dates
         stream = file.add_stream("libx264", 12, DEMO_X264, width=DEMO_SIZE, height=DEMO_SIZE,
@@ -875,60 +1320,68 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
 def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
-    DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS.
-    What DIR has of the same seed already stays; another folder is a ValueError."""
-    # Whose folder it is. Two can fill it.
+    DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS. What DIR has of
+    the same seed already stays, and two processes can fill it at once. Another folder is a ValueError."""
+    # Whose folder it is.
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
-    if os.listdir(directory) and not mark.exists():
-        raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
     if not mark.exists():
+        if os.listdir(directory):
+            raise ValueError(f"{directory} is not empty and not the demo of seed {seed}: name another")
         mark.touch()
-    jobs = [(split, *job) for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL))
-            for job in itertools.product(DEMO_TEXTURES, DEMO_MOTIONS, range(count))]
-    with ThreadPool(CORES) as pool:  # NumPy and the encoder release the GIL
-        pool.starmap(partial(write_demo_clip, directory, seed), jobs)
-    for part in Path(directory).rglob("*.part"):
-        part.unlink(missing_ok=True)  # of a killed process
+    for split, count in (("train", DEMO_TRAIN), ("val", DEMO_VAL)):
+        jobs = product([split], DEMO_TEXTURES, DEMO_MOTIONS, range(count))
+        with ThreadPool(CORES) as pool:  # NumPy and the encoder release Python's lock
+            pool.starmap(partial(write_demo_clip, directory, seed), jobs)
 
 
 # ============ bench, command line ============
-def bench(source, seconds=10.0, rate=100.0, frames=16, stride=4, size=224):
-    """Reads training clips in this process; prints their cost, and the cores for `rate` a second."""
-    clips = Clips(find_videos(source), frames, stride, size)
-    items = (clips[key] for key, in EpochSampler(len(clips), 1))
-    next(items)  # warms up
-    end, cpu = time.monotonic() + seconds, time.process_time()
-    for count, _ in enumerate(items, 1):
-        if time.monotonic() > end:
-            break
-    cpu = (time.process_time() - cpu) / count
-    print(f"{count} clips, {1 / cpu:.1f} a CPU-second; "
-          f"{rate:g} a second take {rate * cpu:.1f} cores")
+
+def bench(source, seconds=10, rate=100):
+    """Reads training clips in this process; prints what they cost, and the cores for `rate` clips a
+    second."""
+    clips = Clips(find_videos(source))
+    keys = chain.from_iterable(EpochSampler(len(clips), 1))
+    count = 0
+    began = time.process_time()
+    while time.process_time() < began + seconds:
+        clips[next(keys)]
+        count += 1
+    cost = (time.process_time() - began) / count
+    print(f"{count} clips, {1 / cost:.1f} a CPU-second; {rate} a second take {rate * cost:.1f} cores")
+
+
+COMMANDS = {
+    "prepare": (prepare, {
+        "source": "folder or list of videos", "directory": "where the new ones go",
+        "--gop": "frames from one keyframe to the next [16]",
+        "--short-side": "pixels at most; nothing is enlarged [256]",
+        "--workers": "videos at once [one for each core]"}),
+    "bench": (bench, {
+        "source": "folder or list of videos", "--seconds": "CPU-seconds to read for [10]",
+        "--rate": "clips a second that the GPUs take [100]"}),
+    "demo": (write_demo, {"directory": "where the videos go", "--seed": "of their random numbers [0]"}),
+}
 
 
 def main():
-    """A command for each function, a flag for each parameter with a default."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
-    for command, function in {"prepare": prepare, "bench": bench, "demo": write_demo}.items():
-        sub = commands.add_parser(command, description=function.__doc__)
-        sub.set_defaults(function=function)
-        for name, parameter in inspect.signature(function).parameters.items():
-            default = parameter.default
-            if default is parameter.empty:
-                sub.add_argument(name)
-            else:
-                name = "--" + name.replace("_", "-")
-                sub.add_argument(name, type=type(default), default=default, help="[%(default)s]")
+    for name, (function, arguments) in COMMANDS.items():
+        # What is not said has the function's default.
+        command = commands.add_parser(name, description=function.__doc__, argument_default=argparse.SUPPRESS)
+        command.set_defaults(function=function)
+        for argument, meaning in arguments.items():
+            command.add_argument(argument, help=meaning, type=int if argument[0] == "-" else str)
     options = vars(parser.parse_args())
     try:
-        if lost := options.pop("function")(**options):
-            sys.exit(f"data.py: {lost} unreadable videos: see unreadable.txt")
+        lost = options.pop("function")(**options)
     except ValueError as error:
         parser.error(str(error))
     except (VideoError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(f"data.py: {(str(error).strip() or 'interrupted').splitlines()[-1]}")
+    if lost:
+        sys.exit(f"data.py: {lost} unreadable videos: see unreadable.txt")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 import argparse
 import ast
 import contextlib
+import doctest
 import functools
 import inspect
 import io
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -56,12 +58,12 @@ torch.set_num_threads(1)
 
 # ============ sigma.py: tubes, mask and Sinkhorn ============
 
-def test_tube_mask_hides_the_same_patches_in_every_frame_and_any_as_often():
+def test_tube_mask_hides_the_same_patches_in_every_step_and_any_as_often():
     mask = tube_mask(5, steps=8, patches=196, ratio=0.9, generator=data.seeded(0))
     assert mask.shape == (5, 8 * 196) and mask.dtype == torch.bool
-    frames = mask.view(5, 8, 196)
-    assert (frames == frames[:, :1]).all() and (frames.sum(dim=2) == 176).all()
-    assert len({tuple(clip.tolist()) for clip in frames[:, 0]}) == 5  # drawn per clip
+    steps = mask.view(5, 8, 196)
+    assert (steps == steps[:, :1]).all() and (steps.sum(dim=2) == 176).all()
+    assert len({tuple(clip.tolist()) for clip in steps[:, 0]}) == 5  # drawn per clip
     assert torch.equal(mask, tube_mask(5, 8, 196, 0.9, generator=data.seeded(0)))
     share = tube_mask(20_000, steps=1, patches=10, ratio=0.3, generator=data.seeded(1)).float().mean(dim=0)
     assert (share - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 20_000)  # five standard deviations
@@ -69,7 +71,8 @@ def test_tube_mask_hides_the_same_patches_in_every_frame_and_any_as_often():
 
 def test_normalized_tubes_are_the_raw_pixels_normalised():
     raw = torch.rand(2, 5, 128, 3, dtype=torch.float64)
-    raw[0, 0], raw[0, 1] = 0.5 + raw[0, 0] / 1000, 0.3  # so flat that the 1e-6 shows, and one colour
+    raw[0, 0] = 0.5 + raw[0, 0] / 1000  # so flat that the 1e-6 shows
+    raw[0, 1] = 0.3  # one colour
     expected = (raw - raw.mean(dim=2, keepdim=True)) / (raw.std(dim=2, keepdim=True) + 1e-6)
     expected = expected.flatten(2).float()
     given = (raw - torch.tensor(data.IMAGENET_MEAN)) / torch.tensor(data.IMAGENET_STD)
@@ -88,14 +91,20 @@ def reference_sinkhorn(scores, eps=0.05, iterations=10):
     return log_q.softmax(dim=1)
 
 
+def unit_vectors(n, width=16, seed=0, shift=0.0):
+    return F.normalize(torch.randn(n, width, generator=data.seeded(seed)) + shift, dim=1)
+
+
 def unit_scores(n, k, width=16):
-    generator = data.seeded(0)
-    x, c = (F.normalize(torch.randn(count, width, generator=generator) + 0.5, dim=1) for count in (n, k))
-    return x @ c.T
+    """Scores of features and prototypes that all lean to one side, so that some prototypes are popular."""
+    return unit_vectors(n, width, seed=0, shift=0.5) @ unit_vectors(k, width, seed=1, shift=0.5).T
 
 
-def close_to_float64(q, scores, *settings):
-    assert_close(q.double(), reference_sinkhorn(scores, *settings), atol=2e-5, rtol=1e-3)
+def assert_float64(q, scores, *settings):
+    """q is Sinkhorn's of these scores, to 1e-5, with every argmax."""
+    expected = reference_sinkhorn(scores, *settings)
+    assert_close(q.double(), expected, atol=1e-5, rtol=1e-3)
+    assert torch.equal(q.argmax(dim=1), expected.argmax(dim=1))
 
 
 @parametrize("n, k, eps, iterations", [
@@ -104,12 +113,21 @@ def close_to_float64(q, scores, *settings):
 def test_sinkhorn_equals_float64(n, k, eps, iterations):
     scores = unit_scores(n, k)
     q = sinkhorn(scores.requires_grad_(), eps, iterations)
-    close_to_float64(q, scores.detach(), eps, iterations)
+    assert_float64(q, scores.detach(), eps, iterations)
     assert not q.requires_grad
-    assert torch.equal(q.argmax(dim=1), reference_sinkhorn(scores.detach(), eps, iterations).argmax(dim=1))
     assert_close(q.sum(dim=1), torch.ones(n))
     if iterations == 200:
         assert_close(q.sum(dim=0), torch.full((k,), n / k), atol=1e-2, rtol=1e-3)
+
+
+@parametrize("eps", [0.01, 0.02, 0.03, 0.05])
+def test_sinkhorn_is_exact_where_half_of_the_tubes_lie_on_prototypes(eps):
+    """At a small ε these rows and the others differ by more than float32 can hold."""
+    prototypes = unit_vectors(50, 64)
+    far = unit_vectors(300, 64, seed=1)
+    near = F.normalize(prototypes.repeat(6, 1) + 0.01 * torch.randn(300, 64, generator=data.seeded(2)), dim=1)
+    scores = torch.cat([far, near]) @ prototypes.T
+    assert_float64(sinkhorn(scores, eps), scores, eps)
 
 
 @parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -118,8 +136,8 @@ def test_sinkhorn_of_rows_of_different_level_in_float32_inside_autocast(dtype):
     far = torch.tensor([0.0, 0.01, 0.02]).repeat(6, 1)
     far[3:] -= 50  # e^(-1000) below the others: all zero after a common shift
     with torch.autocast("cpu", dtype):
-        close_to_float64(sinkhorn(scores, 0.05, 3), scores, 0.05, 3)  # to shift every row is another plan
-        close_to_float64(sinkhorn(far), far)
+        assert_float64(sinkhorn(scores, 0.05, 3), scores, 0.05, 3)  # to shift every row is another plan
+        assert_close(sinkhorn(far).double(), reference_sinkhorn(far), atol=1e-5, rtol=0)  # all alike
 
 
 @parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -127,7 +145,9 @@ def test_sinkhorn_of_rows_of_different_level_in_float32_inside_autocast(dtype):
 def test_sinkhorn_is_finite_for_large_scores(dtype, size):
     size = min(size, torch.finfo(dtype).max)
     scores = ((2 * torch.rand(64, 32, generator=data.seeded(0), dtype=torch.float64) - 1) * size).to(dtype)
-    scores[0], scores[:, 1], scores[2, 2] = -size, -size, size
+    scores[0] = -size
+    scores[:, 1] = -size
+    scores[2, 2] = size
     for iterations in (0, 1, 10, 1000):
         q = sinkhorn(scores, iterations=iterations)
         assert q.dtype == torch.float32 and q.isfinite().all()
@@ -135,6 +155,13 @@ def test_sinkhorn_is_finite_for_large_scores(dtype, size):
         if size <= 1e4 and iterations <= 10:
             expected = reference_sinkhorn(scores.float(), iterations=iterations)
             assert_close(q.double(), expected, atol=1e-3, rtol=1e-2)
+
+
+def test_the_examples_in_docstrings_are_true():
+    found = doctest.testmod(sigma, extraglobs={"torch": torch})
+    assert found.attempted >= 3 and found.failed == 0
+    scores = torch.tensor([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.6, 0.5]])
+    assert_close(sinkhorn(scores, eps=0.1).sum(dim=0), torch.tensor([2.0, 2.0]), atol=0.01, rtol=0)
 
 
 # ============ sigma.py: the model ============
@@ -256,28 +283,61 @@ def test_a_step_on_the_gpu_never_waits_for_it(settings, dtype):
 
 @parametrize("assignment", ["hard", "soft"])
 def test_the_loss_its_statistics_and_gradients_are_the_papers(assignment):
-    """L = 1/N Σ [CE(x̃^φ/τ, q^Ψ) + CE(x̃^Ψ/τ, q^φ)], in float64; prototypes learn from φ alone."""
+    """The equation in float64; prototypes become unit length, and learn from φ's term alone."""
     torch.manual_seed(0)
-    x = {name: torch.randn(50, 64, requires_grad=True) for name in ("psi", "phi")}
-    C = F.normalize(torch.randn(12, 64), dim=1).requires_grad_()
-    unit = {name: F.normalize(value.double(), dim=1) for name, value in x.items()}
-    scores = {"psi": unit["psi"] @ C.double().detach().T, "phi": unit["phi"] @ C.double().T}
-    q = {name: reference_sinkhorn(value.detach()) for name, value in scores.items()}
-    hard = {name: F.one_hot(value.argmax(dim=1), 12).double() for name, value in q.items()}
-    targets = hard if assignment == "hard" else q
-    video, projection = (-(targets[other] * (scores[name] / 0.1).log_softmax(dim=1)).sum(dim=1).mean()
-                         for name, other in (("psi", "phi"), ("phi", "psi")))
-    share = torch.bincount(scores["phi"].argmax(dim=1), minlength=12) / 50
+    x_psi, x_phi, C = [torch.randn(n, 64, requires_grad=True) for n in (50, 50, 12)]
+    unit_psi, unit_phi, unit_C = [F.normalize(value.double(), dim=1) for value in (x_psi, x_phi, C)]
+    unit_C = unit_C.detach().requires_grad_()
+    scores_psi = unit_psi @ unit_C.detach().T
+    scores_phi = unit_phi @ unit_C.T
+    q_psi = reference_sinkhorn(scores_psi.detach())
+    q_phi = reference_sinkhorn(scores_phi.detach())
+    hard_psi, hard_phi = q_psi.argmax(dim=1), q_phi.argmax(dim=1)
+    if assignment == "hard":
+        q_psi = F.one_hot(hard_psi, 12).double()
+        q_phi = F.one_hot(hard_phi, 12).double()
+    video = -(q_phi * (scores_psi / 0.1).log_softmax(dim=1)).sum() / 50
+    projection = -(q_psi * (scores_phi / 0.1).log_softmax(dim=1)).sum() / 50
+    used = torch.bincount(scores_phi.argmax(dim=1), minlength=12) / 50
     expected = {"loss_video": video.item(), "loss_projection": projection.item(),
-                "agreement": (hard["psi"] * hard["phi"]).sum().item() / 50,
-                "perplexity": math.exp(-sum(p * math.log(p) for p in share.tolist() if p)),
-                "spread": 1 - unit["phi"].mean(dim=0).norm().item()}
+                "agreement": (hard_psi == hard_phi).sum().item() / 50,
+                "perplexity": math.exp(-sum(p * math.log(p) for p in used.tolist() if p)),
+                "spread": 1 - unit_phi.mean(dim=0).norm().item()}
 
-    loss, stats = sigma.sigma_loss(x["psi"], x["phi"], C, assignment=assignment)
+    loss, parts = sigma.sigma_loss(x_psi, x_phi, C, assignment=assignment)
+    assert_close(C.detach(), unit_C.detach().float())
     assert loss.item() == pytest.approx((video + projection).item(), rel=1e-4)
+    stats = sigma.loss_statistics(parts)
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected, rel=1e-4)
-    gradients = [torch.autograd.grad(total, [*x.values(), C]) for total in (loss, video + projection)]
-    assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert not any(value.requires_grad for value in parts.values())
+    found = torch.autograd.grad(loss, [x_psi, x_phi, C])
+    wanted = torch.autograd.grad(video + projection, [x_psi, x_phi, unit_C])
+    assert_close(found, [gradient.float() for gradient in wanted], atol=1e-6, rtol=1e-4)
+
+
+def test_two_forward_passes_before_one_backward_pass():
+    """As with gradients of two losses that are added: the prototypes are set to unit length in between."""
+    model = tiny()
+    first, _ = model(*tiny_batch(seed=0))
+    second, _ = model(*tiny_batch(seed=1))
+    (first + second).backward()
+    assert model.prototypes.grad.norm() > 0
+
+
+@parametrize("assignment", ["hard", "soft"])
+def test_the_loss_that_the_model_holds_can_be_compiled(assignment):
+    """The graph is traced and differentiated by PyTorch's compiler, but run without generated code."""
+    results = []
+    for compiled in (False, True):
+        model = tiny(assignment=assignment)
+        if compiled:
+            model.loss_fn = torch.compile(model.loss_fn, backend="aot_eager", dynamic=False)
+        for seed in range(2):
+            loss, stats = model(*tiny_batch(seed=seed))
+        loss.backward()
+        results.append([loss.detach(), *stats.values(), model.prototypes.grad, model.mask_token.grad])
+    assert_close(*results)
+    assert_close(model.prototypes.norm(dim=1), torch.ones(12))
 
 
 def test_hidden_tubes_do_not_reach_the_video_model():
@@ -316,17 +376,36 @@ def test_dino_features_come_from_the_first_frame_of_each_tube_normalised_over_th
     assert not any("teacher" in name for name in model.state_dict())
 
 
+def test_a_teacher_without_weights_is_said_once():
+    model = SIGMA("tiny", "dino", teacher="vits16", frames=4, image_size=32, num_prototypes=12)
+    with pytest.warns(UserWarning, match="weights are random"):
+        model(*tiny_batch())
+    loaded = tiny(**DINO)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")  # as in a program: the same warning once
+        loaded(*tiny_batch())
+        assert not said
+        model(*tiny_batch())
+        model(*tiny_batch())
+        assert len(said) == 1
+
+
 def test_the_demonstration_shows_both_failures_and_the_cure(capsys):
     sigma.demonstration(steps=40)
-    last, pattern = {}, r"(?m)^step.*  (L2|no Sinkhorn|SIGMA) (.*)"
-    for name, numbers in re.findall(pattern, capsys.readouterr().out):
-        words = numbers.split()
-        last[name] = {word: float(value) for word, value in zip(words[::2], words[1::2])}
+    first, last = {}, {}
+    for step, name, words in re.findall(r"(?m)^step +(\d+)  (\S.*?) +loss (.*)", capsys.readouterr().out):
+        words = ["loss", *words.split()]
+        numbers = {word: float(value) for word, value in zip(words[::2], words[1::2])}
+        first.setdefault(name, (step, numbers))
+        last[name] = numbers
+    assert list(last) == ["L2", "no Sinkhorn", "SIGMA", "soft"]
+    assert all(step == "1" and numbers["spread"] > 0.5 for step, numbers in first.values())
     for failure in ("L2", "no Sinkhorn"):
         assert last[failure]["loss"] < 0.1 and last[failure]["spread"] < 0.25
     assert last["no Sinkhorn"]["perplexity"] < 1.1
     cure = last["SIGMA"]
     assert cure["spread"] > 0.35 and cure["perplexity"] > 10 and cure["agreement"] > 0.3
+    assert last["soft"]["agreement"] < cure["agreement"] / 2
 
 
 def test_assign_and_features():
@@ -366,28 +445,96 @@ def test_every_parameter_learns_and_recomputing_changes_no_number_and_keeps_less
 def test_models_and_inputs_that_make_no_sense_are_refused_in_one_line():
     for settings, message in (
             (dict(size="giant"), "size 'giant' is not one of"), (dict(target="pixel"), "goes with loss l2"),
-            (dict(frames=5), "multiple of 2"), (dict(image_size=30), "multiple of 8"),
-            (dict(teacher="vitl14"), "not one of"), (dict(num_prototypes=0), "must be positive"),
-            (dict(eps=0.0), "must be positive")):
+            (dict(frames=5), "frames is 5.*multiple of 2"), (dict(image_size=30), "image_size is 30.*of 8"),
+            (dict(teacher="vitl14"), "teacher 'vitl14' is not one"), (dict(eps=0.0), "eps is 0.0.*positive"),
+            (dict(num_prototypes=0), "num_prototypes is 0.*positive"),
+            (dict(iterations=-1), "iterations is -1")):
         with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
             SIGMA(**{"size": "tiny", **settings})
     video, mask = tiny_batch()
     uneven = mask.clone()
     uneven[1] = False
-    for clips, hidden, message in ((video[:, :, :2], mask, "built for"), (video, mask[:, :16], "built for"),
-                                   (video, mask[:2], "built for"), (video, uneven, "as many masked tubes"),
-                                   (video, mask & ~mask, "as many"), (video, mask | ~mask, "as many")):
+    of_frames = tube_mask(4, steps=4, patches=16, ratio=0.75)
+    for clips, hidden, message in (
+            (video[:, :, :2], mask, r"frames.*\(4, 3, 2, 32, 32\).*\(4, 3, 4, 32, 32\)"),
+            (video, mask[:, :16], r"mask.*\(4, 16\) instead of \(4, 32\)$"),
+            (video, mask[:2], r"\(2, 32\)"),
+            (video, of_frames, "frames instead of steps"),
+            (video[0], mask, "video"), (video, mask[0], "mask"),
+            (video, uneven, "equally many masked tubes"), (video, mask & ~mask, "equally many"),
+            (video, mask | ~mask, "equally many")):
         with pytest.raises(ValueError, match=message):
             tiny()(clips, hidden)
+    x, C = torch.randn(6, 64), torch.randn(12, 64)
+    for given, message in (((x[None], x[None], C), r"\[N, E\]"), ((x, x[:5], C), r"\[5, 64\]"),
+                           ((x, x, C[:, :32]), r"\[12, 32\]"),
+                           ((x, x, C, 0.1, 3, 0.1, "Hard"), "'Hard' is not one of")):
+        with pytest.raises(ValueError, match=message):
+            sigma.sigma_loss(*given)
 
 
-def test_every_piece_of_sigma_stands_under_its_three_imports():
-    """Beside functions and classes there is nothing else that they could use, but three constants."""
-    _, *nodes, main = ast.parse((HERE / "sigma.py").read_text()).body
-    others = [ast.unparse(node) for node in nodes if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert others[:3] == ["import torch", "import torch.nn.functional as F", "from torch import nn"]
-    assert [line.split(" = ")[0] for line in others[3:]] == ["TUBELET", "SIZES", "TEACHERS"]
-    assert ast.unparse(main).split("\n")[1:] == ["    demonstration()"]
+IMPORTS = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
+
+
+def pieces_of_sigma():
+    """name -> node of sigma.py's syntax tree, for every function, class and constant."""
+    pieces = {}
+    for node in ast.parse((HERE / "sigma.py").read_text()).body:
+        if isinstance(node, ast.Assign):
+            pieces[node.targets[0].id] = node
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            pieces[node.name] = node
+    return pieces
+
+
+def needed(name, pieces):
+    """What has to be copied along with a piece, at any remove."""
+    found, todo = set(), [name]
+    while todo:
+        names = {node.id for node in ast.walk(pieces[todo.pop()]) if isinstance(node, ast.Name)}
+        new = names & pieces.keys() - found
+        found |= new
+        todo += new
+    return found - {name}
+
+
+def paste(name):
+    """Runs a piece and what its docstring says to copy along, under the three imports -> its namespace."""
+    pieces = pieces_of_sigma()
+    wanted = needed(name, pieces) | {name}
+    source = [*IMPORTS, *(ast.unparse(node) for other, node in pieces.items() if other in wanted)]
+    namespace = {}
+    exec("\n".join(source), namespace)
+    return SimpleNamespace(**namespace)
+
+
+def test_every_piece_says_what_it_pastes_with():
+    pieces = pieces_of_sigma()
+    assert {"tube_mask", "sinkhorn", "sigma_loss", "load_checkpoint", "SIZES"} <= pieces.keys()
+    for name in pieces.keys() - {"SIGMA", "demonstration"}:  # these need nearly the whole file
+        if not isinstance(pieces[name], ast.Assign):
+            text = " ".join(ast.get_docstring(pieces[name]).split())
+            said = re.findall(r"Pastes with: ([^.]+)\.", text)
+            assert set(", ".join(said).split(", ")) - {""} == needed(name, pieces), name
+
+
+def test_pasted_pieces_work_under_three_imports():
+    """Without SIGMA around it the loss begins near 2 ln K too, whatever the prototypes' length."""
+    x_psi, x_phi = unit_vectors(400, 64, seed=0), unit_vectors(400, 64, seed=1)
+    C = 5 * torch.randn(30, 64, generator=data.seeded(2))
+    scores = x_phi @ F.normalize(C, dim=1).T
+    assert torch.equal(paste("sinkhorn").sinkhorn(scores), sinkhorn(scores))
+    assert torch.equal(paste("tube_mask").tube_mask(2, 8, 9, generator=data.seeded(3)),
+                       tube_mask(2, 8, 9, generator=data.seeded(3)))
+    loss, _ = paste("sigma_loss").sigma_loss(x_psi, x_phi, C)
+    assert abs(loss.item() - 2 * math.log(30)) < 2
+    assert paste("Block").Block(8, 2)(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
+
+
+def test_sigma_imports_pytorch_alone_and_runs_nothing_when_imported():
+    others = [ast.unparse(node) for node in ast.parse((HERE / "sigma.py").read_text()).body[1:]
+              if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
+    assert others == [*IMPORTS, "if __name__ == '__main__':\n    demonstration()"]
 
 
 # ============ the release's way of computing: the same numbers, slower ============
@@ -476,7 +623,7 @@ def test_load_checkpoint_reads_the_authors_files_and_refuses_code(tmp_path, monk
         assert ("mkdir" in str(caught.value)) == (name == "evil.pth")
     assert not Path("ran").exists()
     with ThreadPoolExecutor(4) as pool:  # in threads too
-        assert all(pool.map(sigma.load_checkpoint, ["authors.pth"] * 200))
+        assert all(pool.map(sigma.load_checkpoint, ["authors.pth"] * 50))
 
 
 def run_rank(rank, folder, scores):
@@ -503,7 +650,7 @@ def test_two_processes_with_half_the_clips_equal_one_with_all(tmp_path):
     scores = unit_scores(90, 12)
     torch.multiprocessing.spawn(run_rank, (str(tmp_path), scores), nprocs=2)
     plans, steps = zip(*(torch.load(tmp_path / f"result{rank}") for rank in range(2)))
-    close_to_float64(torch.cat(plans), scores)
+    assert_float64(torch.cat(plans), scores)
     for assignment in ("hard", "soft"):
         model = tiny(assignment=assignment)
         loss, stats = model(*tiny_batch())
@@ -541,8 +688,10 @@ def video_numbers(clip):
     return ((upper > lower).long() << torch.arange(8)).sum(1).tolist()
 
 
-def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=None, options=None):
-    """Encodes pictures (default: N painted numbers) -> path. times: pts in milliseconds."""
+def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=None, options=None,
+                colour_range=None):
+    """Encodes pictures (default: N painted numbers) -> path. times: pts in milliseconds. colour_range: 2 is
+    JPEG's."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pictures = [video_paint(n) for n in range(N)] if pictures is None else pictures
     with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
@@ -555,6 +704,9 @@ def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=N
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for n, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if colour_range:
+                stream.codec_context.color_range = colour_range
+                frame = frame.reformat(format=pix_fmt, dst_color_range=colour_range)
             if times:
                 frame.pts, frame.time_base = times[n], Fraction(1, 1000)
             file.mux(stream.encode(frame))
@@ -562,26 +714,31 @@ def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=N
     return str(path)
 
 
-def video_copy(source, target, change, **options):
-    """Copies packets. change(i, content) -> (pts, dts) in 1/25 s, or None: left out; may change the bytes."""
+def video_copy(source, target, change, all_keys=False, **options):
+    """Copies packets. change(i, content) -> (pts, dts) in 1/25 s, or None: left out; may change the bytes.
+    all_keys: every packet of the copy is called a keyframe."""
     with av.open(source) as file, av.open(str(target), "w", options=options) as output:
         stream = output.add_stream_from_template(file.streams.video[0])
         for i, packet in enumerate(packet for packet in file.demux(video=0) if packet.size):
             content = bytearray(bytes(packet))
             if times := change(i, content):
                 copy = av.Packet(bytes(content))
-                copy.time_base, copy.is_keyframe, copy.stream = Fraction(1, 25), packet.is_keyframe, stream
+                copy.time_base, copy.stream = Fraction(1, 25), stream
+                copy.is_keyframe = all_keys or packet.is_keyframe
                 copy.pts, copy.dts = times
                 output.mux(copy)
     return str(target)
 
 
+FINE = {"crf": "1"}
 X264 = {"x264-params": "keyint=16:bframes=3:b-pyramid=normal:scenecut=0:b-adapt=0:log-level=-1"}
 # Cut, these make H.264's decoder complain, though nothing is lost.
 OPEN = {"x264-params": X264["x264-params"].replace("normal", "strict") + ":open-gop=1:ref=6"}
 X265 = "keyint=16:bframes=3:log-level=none"
 LIVE = {"deadline": "realtime", "cpu-used": "8", "g": "16", "auto-alt-ref": "1", "lag-in-frames": "10"}
+FLAT = {"x264-params": "keyint=16:bframes=0:scenecut=0:log-level=-1"}
 VIDEO_FORMATS = {
+    "flat.mp4": dict(options=FLAT),
     "bframes.mp4": dict(options=X264),
     "opengop.ts": dict(options=OPEN),
     "vfr.mkv": dict(options=X264, times=[100 * n + 40 * (n % 3) for n in range(N)]),
@@ -593,6 +750,9 @@ VIDEO_FORMATS = {
     "hevc.mov": dict(codec="libx265", options={"preset": "ultrafast", "x265-params": X265}),
     "tenbit.mkv": dict(pix_fmt="yuv420p10le"),
     "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
+    "av1.mp4": dict(codec="libsvtav1", options={"preset": "12", "g": "16"}),
+    "plain.mp4": dict(codec="mpeg4", options={"g": "12"}),  # without B-frames
+    "h263.3gp": dict(codec="h263", options={"g": "12"}),
 }
 
 
@@ -613,6 +773,11 @@ def video_decode(path):
         return list(container.decode(container.streams.best("video")))
 
 
+def video_all(width, height):
+    """A crop: the whole picture."""
+    return 0, 0, width, height
+
+
 def video_check(path, starts=None, stride=1):
     """Three frames from every start (or these) are those of a plain decode, bit for bit -> its length."""
     frames, graph = video_decode(path), av.filter.Graph()
@@ -624,7 +789,7 @@ def video_check(path, starts=None, stride=1):
     truth = np.stack([(graph.push(frame), graph.pull().to_ndarray())[1] for frame in frames])
     for start in starts or range(0, len(truth), 2):
         numbers = [min(start + i * stride, len(truth) - 1) for i in range(3)]
-        got = data.read_clip(path, 3, stride, start, crop=(0, 0, W, H), size=32).permute(0, 2, 3, 1)
+        got = data.read_clip(path, 3, stride, start, crop=video_all, size=32).permute(0, 2, 3, 1)
         assert np.array_equal(got, truth[numbers]), (path, start)
     return len(truth)
 
@@ -642,8 +807,129 @@ def test_frames_are_the_ones_asked_for(video_file, name, monkeypatch):
             clips = file.read([(numbers, (0, 0, W, H)) for numbers in lists], 64)
             assert [video_numbers(torch.from_numpy(clip).transpose(0, 1)) for clip in clips] == lists
     assert np.diff(video_whole(path, 4, 4, None, generator=data.seeded(3))).tolist() == [4, 4, 4]
-    monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)  # large files are read twice instead of kept
+    monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)  # of large files no packets are kept
     assert video_whole(path, 4, 5, 30) == [30, 35, 40, 45]
+
+
+def in_order(i, content):
+    """A change for video_copy that is none: the packets of a video without B-frames."""
+    return i, i
+
+
+def not_coded(i, content):
+    """Some packets say of an MPEG-4 frame that it is not coded: 6 bytes that show nothing."""
+    if i in (5, 6, 20):
+        bits = f"{1:02b}01{i % 25:05b}10" + "01111"  # P, no second, its time in 1/25 s, not coded; filled up
+        content[:] = b"\0\0\1\xb6" + int(bits, 2).to_bytes(2, "big")
+    return i, i
+
+
+def complaining(i, content):
+    """A message (SEI) that says it is longer than it is costs H.264 no picture, and yet is an error."""
+    if i % 3 == 1:
+        message = b"\x06\x05\x64abc\x80"
+        content[:0] = len(message).to_bytes(4, "big") + message
+    return i, i
+
+
+@parametrize("source, target, change, frames", [
+    ("plain.mp4", "no_table.mp4", in_order, N), ("h263.3gp", "phone.3gp", in_order, N),
+    ("plain.mp4", "not_coded.mp4", not_coded, N - 3), ("flat.mp4", "sei.mp4", complaining, N),
+])
+def test_what_packets_say_of_themselves_is_not_believed(video_file, tmp_path, source, target, change, frames):
+    """Every packet calls itself a keyframe; some show nothing, or make the decoder complain of nothing."""
+    path = video_copy(video_file(source), tmp_path / target, change, all_keys="sei" not in target)
+    assert video_check(path) == frames
+    with data.Video(path) as file:
+        assert file.frames == frames
+
+
+def test_a_palette_that_comes_once_and_an_avi_without_an_index(tmp_path):
+    shades = np.stack([np.arange(256)[::-1]] * 3 + [np.full(256, 255)], 1).astype(np.uint8)
+    with av.open(str(tmp_path / "pal8.avi"), "w") as file:
+        stream = file.add_stream("rawvideo", rate=25, width=W, height=H, pix_fmt="pal8")
+        for n in range(9):
+            picture = np.ascontiguousarray(video_paint(n)[:, :, 0])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray((picture, shades), format="pal8")))
+        file.mux(stream.encode())
+    pictures = [video_paint(n) for n in range(20)]
+    path = video_write(tmp_path / "cinepak.avi", "cinepak", pictures, "rgb24", options={"g": "10"})
+    Path(path).write_bytes(Path(path).read_bytes().replace(b"idx1", b"JUNK"))
+    assert video_check(path) == 20 and video_check(tmp_path / "pal8.avi") == 9
+
+
+def video_fields(path, frames):
+    """Writes raw H.264, 16 x 32 pixels, as camcorders do: a frame is two fields, each a packet of its own.
+
+    No encoder at hand does, so the bytes are given: a field is one macroblock, without compression."""
+    stream = bytes.fromhex("00000001 674d001eda6480 00000001 68ce3c80")  # sizes and settings
+    tops = ("00000001 6588852834", "00000001 6588848a0d00")  # neighbours have to differ
+    for n in range(frames):
+        for field in (tops[n % 2], "00000001 618886a0d0"):
+            stream += bytes.fromhex(field) + bytes([20 + 4 * n]) * 384 + b"\x80"
+    path.write_bytes(stream)
+    return str(path)
+
+
+def test_two_fields_are_one_frame(tmp_path):
+    path = video_copy(video_fields(tmp_path / "fields.h264", 30), tmp_path / "fields.ts", in_order)
+    assert video_check(path) == 30
+    with av.open(path) as file:
+        assert sum(packet.size > 0 for packet in file.demux(video=0)) == 60
+    with data.Video(path) as file:
+        assert file.frames == 30                 # a clip is drawn from the frames there are
+
+
+def test_where_only_the_sound_goes_on_the_video_is_whole(tmp_path):
+    """Matroska tells its length in the header; a cut file is known by no stream reaching it."""
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("mjpeg", rate=25, width=W, height=H, pix_fmt="yuvj420p")
+        sound = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for n in range(N):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24")))
+        for second in range(20):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            silence.rate, silence.pts = 8000, 8000 * second
+            file.mux(sound.encode(silence))
+    assert video_whole(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 3])
+    with pytest.raises(data.VideoError, match="cut off"):
+        data.read_clip(path, 2, 1, N)
+
+
+def test_frames_that_nobody_wants_or_needs_are_not_decoded(video_file, tmp_path):
+    """So damage in them costs nothing; damage in a wanted one is an error."""
+    def damaged(i, content):
+        if content[4] == 1:                      # H.264's mark of a frame that no other one needs
+            content[20:] = b"\xff" * (len(content) - 20)
+            lost.append(times[i])
+        return times[i], i - 3
+
+    lost = []
+    with av.open(video_file("bframes.mp4")) as file:
+        times = [round(packet.pts / 512) for packet in file.demux(video=0) if packet.size]
+    path = video_copy(video_file("bframes.mp4"), tmp_path / "skipped.mp4", damaged)
+    kept = [n for n in range(20, 40) if n not in lost]
+    assert len(lost) > 20
+    with data.Video(path) as file:
+        [clip] = file.read([(kept, (0, 0, W, H))], 64)
+        assert video_numbers(torch.from_numpy(clip).transpose(0, 1)) == kept
+        with pytest.raises(data.VideoError):
+            file.read([(sorted(lost)[6:8], None)])
+
+
+def test_a_frame_that_does_not_come_out_is_missed(video_file, tmp_path):
+    def change(i, content):
+        times = not_coded(i, content)
+        if len(content) == 6:
+            content += bytes(30)                 # shows nothing, and is too long to be suspected of it
+        return times
+
+    path = video_copy(video_file("plain.mp4"), tmp_path / "missing.mp4", change)
+    assert video_whole(path, 3, 1, 13) == [13, 14, 15]
+    with pytest.raises(data.VideoError, match="missing"):
+        data.read_clip(path, 3, 1, 4)
 
 
 @parametrize("source, target, step, hidden", [
@@ -718,19 +1004,22 @@ MATRICES = {  # as tkhd stores them: a b c d; what undoes that the display does 
 def video_turned(path, turn):
     """Writes three frames that are shown as the ramp, 160x112, with a matrix in the header."""
     a, b, c, d, undo = MATRICES[turn]
-    content = bytearray(Path(video_write(path, pictures=[undo(RAMP)] * 3)).read_bytes())
+    content = bytearray(Path(video_write(path, pictures=[undo(RAMP)] * 3, options=FINE)).read_bytes())
     at = content.index(b"tkhd") + 4 + 40
     struct.pack_into(">9i", content, at, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
     return str(path)
 
 
-@parametrize("name", [*MATRICES, "bframes.mp4", "mjpeg.avi", "tenbit.mkv"])
+@parametrize("name", [*MATRICES, "mjpeg.avi", "tenbit.mkv", "fullrange.mp4"])
 def test_crops_are_in_displayed_pixels_and_colours_are_right(tmp_path, name):
     if name in MATRICES:
         path = video_turned(tmp_path / "turned.mp4", name)
+    elif name == "fullrange.mp4":  # black is 0 and white 255, as in JPEG, and not 16 and 235
+        path = video_write(tmp_path / name, pictures=[RAMP] * 3, options=FINE, colour_range=2)
     else:
-        path = video_write(tmp_path / name, **{**VIDEO_FORMATS[name], "pictures": [RAMP] * 3})
+        settings = {"options": FINE, **VIDEO_FORMATS[name]}
+        path = video_write(tmp_path / name, **settings, pictures=[RAMP] * 3)
     for crop in [(0, 0, 160, 112), (101, 7, 40, 90), (17, 33, 64, 64), (159, 111, 1, 1), None]:
         clip = data.read_clip(path, 2, 1, 0, crop=crop, size=48)[1].float().numpy()
         x, y, w, h = crop or (24, 0, 112, 112)
@@ -739,8 +1028,9 @@ def test_crops_are_in_displayed_pixels_and_colours_are_right(tmp_path, name):
         edge = slice(1, -1) if w > 1 else slice(None)
         for channel, line in zip(clip, (red[None], green[:, None], 128)):
             assert np.abs(channel - line)[edge, edge].max() < 9, crop
+            assert w == 1 or abs((channel - line).mean()) < 1.5, crop    # a pixel is 1.35 levels
     for crop in [(100, 0, 61, 10), (-1, 0, 10, 10), (0, 100, 10, 13), (0, 0, 0, 5)]:
-        with pytest.raises(data.VideoError, match="crop"):
+        with pytest.raises(ValueError, match="crop"):
             data.read_clip(path, 1, 1, 0, crop=crop)
 
 
@@ -759,16 +1049,35 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 2 * 1024), np.int16), format="s16", layout="stereo")
         frame.rate, frame.pts = 44100, 0
         container.mux(stream.encode(frame) + stream.encode())
-    for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "absent.mp4", "good.mp4"]:
+    Image.fromarray(RAMP).save(tmp_path / "picture.mp4", format="png")
+    for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "picture.mp4", "absent.mp4", "good.mp4"]:
         if name == "good.mp4":
             monkeypatch.setattr(data, "MAX_PIXELS", 100 * 100)  # a header may ask for any amount of memory
         with pytest.raises(data.VideoError) as error:
             data.read_clip(tmp_path / name)
         text = str(error.value)
         assert "\n" not in text and str(tmp_path) not in text and len(text) > 5, name
+        assert "folders of frames" in text or name != "dir.mp4"
+        assert "picture" in text or name != "picture.mp4"
     for arguments in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
         with pytest.raises(ValueError):
             data.read_clip(tmp_path / "good.mp4", **arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in Linux's way")
+def test_broken_files_leave_nothing_open(tmp_path):
+    good = Path(video_write(tmp_path / "good.mp4", pictures=[RAMP] * 5)).read_bytes()
+    unknown = good.replace(b"avc1", b"zzzz")     # a codec that there is not
+    empty = good[:good.index(b"mdat") + 4]       # a header without frames
+    kept = []                                    # errors, as a debugger or a log keeps them
+    before = len(os.listdir("/proc/self/fd"))
+    for content in (unknown, empty, b"no video at all"):
+        (tmp_path / "bad.mp4").write_bytes(content)
+        for _ in range(5):
+            with pytest.raises(data.VideoError) as error:
+                data.read_clip(tmp_path / "bad.mp4")
+            kept.append(error)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @parametrize("name", ["bframes.mp4", "vfr.mkv", "opengop.ts", "h264.avi", "mjpeg.avi"])
@@ -849,6 +1158,12 @@ def test_folders(tmp_path):
     for source in ("nothing", "absent", "top.mp4"):
         with pytest.raises(ValueError, match=source):
             video_found(tmp_path / source)
+    for name in ("set/train/a/1.mp4", "set/val/a/2.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="splits.*set/train"):
+        video_found(tmp_path / "set")
+    assert video_found(tmp_path / "set" / "train") == (["a/1.mp4"], [0], ["a"])
 
 
 def test_200_000_lines_take_seconds(tmp_path):
@@ -864,10 +1179,10 @@ def test_200_000_lines_take_seconds(tmp_path):
 @parametrize("content, expected", [
     ("a.mp4 0\nb.mp4,1\nc.mp4\t12", {"a.mp4": 0, "b.mp4": 1, "c.mp4": 12}),
     ("my dog, 1.mp4\nb.webm", {"my dog, 1.mp4": -1, "b.webm": -1}),
-    ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\na.mp4 3\r\n", {"a.mp4": 3, "b.mp4": 4}),
+    ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\n#\r\n#b.mp4 4", {"a.mp4": 3, "b.mp4": 4}),
     ("my dog, 1.mp4 7\nä/ö 2.mp4, 8", {"my dog, 1.mp4": 7, "ä/ö 2.mp4": 8}),
     ("a.mp4 +1\nb.mp4 2", {"a.mp4": 1, "b.mp4": 2}), ("b.mp4\nc.mp4 -1", {"b.mp4": -1, "c.mp4": -1}),
-    ("path,label\na.mp4,1", "labels for some"), ("a.mp4 1\nb.mp4 2.0", "labels for some"),
+    ("# x\npath,label\na.mp4,1", "line 2 .*label.*line 3.*header"), ("a.mp4 1\nb.mp4 2.0", "line 2 .*line 1"),
     ("it's.mp4 1\n12 5", {"it's.mp4": 1, "12": 5}),
     (b"/abs/a.mp4 1\ncaf\xe9.mp4 2", {"/abs/a.mp4": 1, os.fsdecode(b"caf\xe9.mp4"): 2}),
     ("a.mp4 1\n\na.mp4 2", "line 3: .*label"), ("\0\1\2 binary", "line 1: .*no text"),
@@ -882,6 +1197,13 @@ def test_list_files(tmp_path, content, expected):
     else:
         assert video_found(path) == (list(expected), list(expected.values()), None)
         assert data.find_videos(path).path(0) == os.path.join(tmp_path, list(expected)[0])
+
+
+def test_a_list_keeps_its_lines(tmp_path):
+    """One that repeats is one more video; a name may begin with #, as some of HMDB51's do."""
+    (tmp_path / "#20_clap.avi").touch()
+    (tmp_path / "list.txt").write_text("#20_clap.avi 1\n#21_clap.avi 1\na.mp4 0\na.mp4 0\n# a.mp4 0\n")
+    assert video_found(tmp_path / "list.txt")[:2] == (["#20_clap.avi", "a.mp4", "a.mp4"], [1, 0, 0])
 
 
 @pytest.fixture(scope="session")
@@ -940,6 +1262,8 @@ def test_evaluation_is_fixed_and_keeps_shapes(video_set):
         clip = data.read_clip(videos.path(1), 4, 2, start, (x, 0, H, H), 32)
         assert torch.equal(several[view].transpose(0, 1), clip), view
     assert len(several) == 9 and torch.equal(several[4], clips[0, 1]["video"][0])    # one alone: the middle
+    train = data.Clips(videos, 4, 2, 32)
+    assert torch.equal(train[np.int64(3), np.int64(2)]["video"], train[3, 2]["video"])
 
 
 def test_the_sampler_covers_each_epoch_once_over_the_ranks(video_set):
@@ -978,10 +1302,44 @@ def test_crops_are_the_recipes():
     places = {(29 * a, 8 * b) for a in range(5) for b in range(5) if a % 2 == b % 2}  # of 224 x 224
     assert {(w, h) for _, _, w, h in crops} == shapes
     assert {(x, y) for x, y, w, h in crops if w == h == 224} == places
+    x, y, w, h = np.array([data.draw_resized(data.seeded(i))(340, 256) for i in range(1000)]).T
+    area, aspect = w * h / (340 * 256), np.log(w / h) / np.log(4 / 3)
+    assert 0.07 < area.min() < 0.1 and area.max() > 0.85 and 0.4 < area.mean() < 0.56
+    assert -1.05 < aspect.min() < -0.9 and 0.9 < aspect.max() < 1.05
+    assert x.min() == y.min() == 0 and (x + w).max() > 335 and (y + h).max() > 250
     for width, height in ((340, 256), (16, 1), (1, 16), (3, 3), (4000, 31), (31, 4000)):
         for draw in (data.draw_multi_scale, data.draw_resized):
             for x, y, w, h in [draw(data.seeded(i))(width, height) for i in range(60)]:
                 assert w >= 1 and h >= 1 and 0 <= x <= width - w and 0 <= y <= height - h
+
+
+def test_masks_of_both_davis_and_what_cannot_be_read(tmp_path):
+    """A number is an object in 2017's masks, where 255 does not count; 2016's have 0 and 255, the object."""
+    expected = {"alpha": [0, 1], "binary": [0, 1], "border": [-1, 0], "coloured": [-1], "torn": [-1]}
+    for name, t in itertools.product(expected, range(3)):
+        picture = tmp_path / "JPEGImages" / "480p" / name / f"{t}.jpg"
+        mask = tmp_path / "Annotations" / "480p" / name / f"{t}.png"
+        for path in (picture, mask):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RAMP).save(picture)
+        numbers = np.zeros((20, 30), np.uint8)
+        numbers[5:10] = 255
+        if name == "border" and t == 0:
+            numbers[12] = 1                      # not in the frames of the clip, which are the last two
+        image = Image.fromarray(RAMP if name == "coloured" else numbers)
+        if name == "alpha":
+            image = image.convert("LA")
+        image.save(mask)
+        if name == "torn":
+            picture.write_bytes(picture.read_bytes()[:500])
+    for kind in ("JPEGImages", "Annotations"):
+        shutil.copytree(tmp_path / kind / "480p", tmp_path / kind / "Full-Resolution")
+    scenes = data.Scenes(tmp_path, frames=2, size=32)
+    items = [batch for batch in data.load(scenes, [[(0, i)] for i in range(len(scenes))])]
+    assert [item["truth"].unique().tolist() for item in items] == list(expected.values())   # of 480p alone
+    assert [item["index"].item() for item in items] == [0, 1, 2, -1, -1]
+    assert [Path(path).name for item in items for path, _ in item["bad"]] == ["coloured", "torn"]
+    assert {item["video"].shape for item in items} == {(1, 3, 2, 32, 32)}
 
 
 def test_normalize():
@@ -999,42 +1357,80 @@ FORKED = multiprocessing.get_context(data.START_METHOD)  # a start takes a tenth
 class VideoDeeds(torch.utils.data.Dataset):
     """Numbers; reading some of them does something to its worker, or with the batch: {number: deed}."""
     def __init__(self, deeds):
-        self.deeds, self.bad, self.board = deeds, {}, None
+        self.deeds = deeds
+        self.bad = {}
 
     def __getitem__(self, key):
-        deed = self.deeds.get(key[1])
+        number = key[1]
+        deed = self.deeds.get(number)
         try:
-            with data.announced(self, key[1], limit=1):
-                if deed == "hang":
-                    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-                    time.sleep(1000)
-                elif deed in ("SIGSEGV", "SIGKILL"):
-                    os.kill(os.getpid(), getattr(signal, deed))
+            with data.announced(self, number, limit=0.5):
+                self.do(deed)
         except data.VideoError as error:
-            return f"{key[1]}: {error}"
-        return (lambda: None) if deed == "unsendable" else key[1]
+            return f"{number}: {error}"
+        if deed == "bug":
+            raise RuntimeError("a bug of\nthe user's")
+        if deed == "think":                      # slow, but not at reading
+            time.sleep(2.5)
+        if deed == "unsendable":
+            return lambda: None
+        return number
+
+    def do(self, deed):
+        if deed == "hang":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            time.sleep(1000)
+        elif deed == "slow":                     # takes longer than is allowed at first
+            time.sleep(0.75)
+        elif deed == "exit":                     # as where the program starts itself again
+            os._exit(1)
+        elif deed in ("SIGSEGV", "SIGKILL"):
+            os.kill(os.getpid(), getattr(signal, deed))
 
 
-def test_videos_that_take_their_workers_along_are_left_out():
+def test_videos_that_take_their_workers_along_are_left_out(monkeypatch):
+    monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
     dataset, sampler = VideoDeeds({2: "SIGSEGV", 5: "hang"}), data.EpochSampler(8, 2, stop=4)
     order = [[number for _, number in batch] for batch in sampler]
-    batches = list(data.load(dataset, sampler, workers=2, collate=list))
+    batches = list(data.load(dataset, sampler, workers=2, collate=list, prefetch=1))
     assert len(dataset.bad) == 2 and "crashed" in dataset.bad[2] and "hung" in dataset.bad[5]
     bad = {number: f"{number}: {reason}" for number, reason in dataset.bad.items()}
     assert batches == [[bad.get(n, n) for n in batch] for batch in order]
 
 
-@parametrize("deeds, message", [({2: "SIGKILL"}, "code -9"), ({2: "unsendable"}, "no batch"),
-                                ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 videos in a row"), ({}, "try again: why")])
+def video_deeds(deeds):
+    """The items of a data set of three, made one by one by a worker, and what it was given up for."""
+    dataset = VideoDeeds(deeds)
+    return list(data.load(dataset, [[(0, n)] for n in range(3)], 1, collate=list)), dataset.bad
+
+
+def test_slow_is_not_hung(monkeypatch):
+    monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
+    assert video_deeds({1: "slow"}) == ([[0], [1], [2]], {})
+    monkeypatch.setattr(data, "IDLE_SECONDS", 1.5)  # from here on workers are quick to start
+    assert video_deeds({2: "think"}) == ([[0], [1], [2]], {})
+
+
+@parametrize("deeds, message", [
+    ({2: "SIGKILL"}, "code -9.*memory"), ({2: "exit"}, "code 1.*__main__"), ({2: "unsendable"}, "no batch"),
+    ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 times in a row"), ({}, "try again: Caught why"),
+])
 def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypatch):
     if not deeds:  # as where a signal has ended the fork server, too
         ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError("Caught\nwhy\n")})
         monkeypatch.setattr(data, "DataLoader", ended)
+    monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
     monkeypatch.setattr(data, "IDLE_SECONDS", 1 if message == "no batch" else 60)
     monkeypatch.setattr(data, "ATTEMPTS", 2)
     with pytest.raises(data.WorkerError, match=message) as error:
         list(data.load(VideoDeeds(deeds), data.EpochSampler(3, 3, stop=9), workers=1, collate=list))
     assert "\n" not in str(error.value)
+
+
+def test_an_error_of_the_users_own_stays_itself():
+    with pytest.raises(RuntimeError, match="line .*in __getitem__(.|\n)*a bug of") as error:
+        video_deeds({1: "bug"})
+    assert not isinstance(error.value, data.WorkerError)
 
 
 def video_training(source, pipe):
@@ -1169,6 +1565,27 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
     assert (tmp_path / "again" / "here.csv").read_text() == "vfr.mp4\n"
 
 
+def test_prepare_names_what_is_cut_and_what_it_cannot_write(video_file, tmp_path, video_command):
+    """It goes on with the others, and another machine may work on the same folder."""
+    source, target = tmp_path / "old", tmp_path / "new"
+    source.mkdir()
+    names = {"cut.mp4": "flat.mp4", "whole.mkv": "vfr.mkv", "a" * 252 + ".ts": "opengop.ts"}
+    for name, original in names.items():
+        shutil.copy(video_file(original), source / name)
+    content = (source / "cut.mp4").read_bytes()
+    (source / "cut.mp4").write_bytes(content[:len(content) * 2 // 3])
+    target.mkdir()
+    (target / "whole.part").write_bytes(b"another machine is at it")
+    code, _, errors = video_command("prepare", source, target, "--workers", 1)
+    assert "2 unreadable" in code and "Traceback" not in errors and "%" not in errors    # no terminal, no bar
+    lost = (target / "unreadable.txt").read_text().splitlines()
+    assert len(lost) == 2 and "File name too long" in lost[0] and "cut.mp4: " in lost[1]
+    assert sorted(path.name for path in target.iterdir()) == ["unreadable.txt", "whole.mp4", "whole.part"]
+    (source / "train.csv").write_text("whole.mkv 3\nwhole.mkv 3\n")
+    video_command("prepare", source / "train.csv", tmp_path / "again", "--workers", 1)
+    assert (tmp_path / "again" / "train.csv").read_text() == "whole.mp4 3\nwhole.mp4 3\n"
+
+
 def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEMO_TRAIN", 1)
     monkeypatch.setattr(data, "DEMO_VAL", 1)
@@ -1180,21 +1597,17 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     assert not any(a[path] == c[path] for path in a if path.suffix == ".mp4")
     with pytest.raises(ValueError, match="not the demo of seed 1"):
         data.write_demo(tmp_path / "a", 1)
-    # Where the mask says object, the picture shows its texture: moved on with it, it stays the same.
-    pictures, masks = [[np.array(Image.open(path)).astype(float) for path in
-                        sorted((tmp_path / "a" / "davis" / kind / "dots-shake-00").iterdir())[1:3]]
-                       for kind in ("JPEGImages", "Annotations")]
-    moved, mask = [np.roll(x[0], (-5, -5), (0, 1)) for x in (pictures, masks)]
-    inside = (masks[1] == 1) & (mask == 1)
-    inside[:8], inside[-8:], inside[:, :8], inside[:, -8:] = False, False, False, False
-    assert inside.sum() > 500
-    assert np.corrcoef(moved.mean(-1)[inside], pictures[1].mean(-1)[inside])[0, 1] > 0.9
-    steps = np.abs(np.gradient(pictures[1].mean(-1), axis=1))        # elsewhere the picture is smoother
-    assert steps[masks[1] == 1].mean() > 2 * steps[masks[1] == 0].mean()
+    # Where the mask says object, the picture has a texture; elsewhere it is smoother.
+    folder = tmp_path / "a" / "davis"
+    picture = np.array(Image.open(folder / "JPEGImages" / "dots-shake-00" / "00002.jpg")).mean(-1)
+    mask = np.array(Image.open(folder / "Annotations" / "dots-shake-00" / "00002.png"))
+    steps = np.abs(np.gradient(picture, axis=1))
+    assert set(np.unique(mask)) == {0, 1, 2} and (mask == 1).sum() > 500
+    assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
 
 
 def video_demo(directory):
-    data.DEMO_TRAIN, data.DEMO_VAL = 4, 1
+    data.DEMO_TRAIN, data.DEMO_VAL = 2, 1
     data.write_demo(directory)
 
 
@@ -1206,15 +1619,16 @@ def test_two_first_demos_at_once_and_one_that_is_killed(tmp_path):
         time.sleep(0.01)
     killed.kill()
     killed.join()
-    assert 0 < len(list(tmp_path.rglob("*.mp4"))) < 16 * 5
-    (tmp_path / "demo" / "01.mp4.123.part").touch()
-    for process in both:                         # they go on from there, and tidy up
+    assert 0 < len(list(tmp_path.rglob("*.mp4"))) < 16 * 3
+    for process in both:                         # they go on from there
         process.start()
     assert [process.join(60) or process.exitcode for process in both] == [0, 0]
     video_demo(tmp_path / "whole")
+    for path in tmp_path.rglob("*.part"):        # the killed one's
+        path.unlink()
     written, whole = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
                       for root in (tmp_path / "demo", tmp_path / "whole")]
-    assert len(whole) > 16 * 5 and written == whole
+    assert len(whole) > 16 * 3 and written == whole
 
 
 # ============ train.py: pretraining ============
