@@ -1717,14 +1717,18 @@ def run_here(videos, out, *flags):
 
 
 class Apart:
-    """train.main in `world` processes of its own, a process group as torchrun describes it."""
+    """train.main in processes of its own, which share a process group as torchrun would describe it.
+
+    They run while the test goes on: it can wait for lines of their log, send them signals, and at last `end`
+    them. world: how many. file_size: no file grows beyond so many bytes, as on a full disk."""
     def __init__(self, *arguments, world=1, file_size=None):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-        group.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world)))
-        self.said, self.ranks = Path(tempfile.mkstemp()[1]), []
-        for rank in map(str, range(world)):
-            environ = {**group, "RANK": rank, "LOCAL_RANK": rank}
+        with socket.create_server(("127.0.0.1", 0)) as server:                     # finds a port that is free
+            port = str(server.getsockname()[1])
+        self.said = Path(tempfile.mkstemp()[1])  # what they print, together
+        self.ranks = []
+        for rank in range(world):
+            environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
+                       "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             process = FORKED.Process(target=self.work, args=(self.said, environ, arguments, file_size))
             process.start()
             self.ranks.append(process)
@@ -1732,6 +1736,7 @@ class Apart:
 
     @staticmethod
     def work(said, environ, arguments, file_size):
+        """What runs in each of them."""
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 1)
         os.dup2(1, 2)
         os.environ.update(environ)
@@ -1744,6 +1749,7 @@ class Apart:
             os.kill(rank.pid, signum)
 
     def wait(self, out, lines):
+        """Returns when the log in `out` has so many lines."""
         deadline = time.monotonic() + 60
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines:
             assert all(rank.is_alive() for rank in self.ranks), self.said.read_text()
@@ -1751,7 +1757,7 @@ class Apart:
             time.sleep(0.01)
 
     def end(self, code=0):
-        """Waits for them -> what they printed."""
+        """Waits until they have ended, all with this exit code -> what they printed."""
         for rank in self.ranks:
             rank.join(120)
         output = self.said.read_text()
@@ -1761,27 +1767,35 @@ class Apart:
 
 
 def beside(scenario):
-    """A test of what only starts processes and waits for them: in a thread, beside this process's tests."""
+    """Decorates a test that mostly waits for other processes: it starts with the first test of the session,
+    in a thread, and pytest's own test of that name only asks for its result. Fixtures are passed as
+    usual."""
     def test(scenarios):
         scenarios[scenario].result()
-    test.__name__, test.scenario = scenario.__name__, scenario
+    test.__name__ = scenario.__name__
+    test.scenario = scenario
     return test
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scenarios(request, tmp_path_factory):
-    """function -> Future, of every chosen test that is `beside`, two at a time."""
-    pool, futures = ThreadPoolExecutor(2), {}
+    """Starts every chosen test that is `beside`, two at a time. {its function: the Future of its result}"""
     chosen = [item.obj.scenario for item in request.session.items if hasattr(item.obj, "scenario")]
-    if chosen:
+    if chosen:  # the fork server imports everything once, so that its children start at once
         FORKED.set_forkserver_preload(["torchvision.transforms.v2", "torchvision.utils", "train", __name__])
+    pool = ThreadPoolExecutor(2)
+    futures = {}
     for scenario in chosen:
-        arguments = {name: tmp_path_factory.mktemp("beside") if name == "tmp_path"
-                     else request.getfixturevalue(name) for name in inspect.signature(scenario).parameters}
-        futures[scenario] = pool.submit(scenario, **arguments)
+        fixtures = {}
+        for name in inspect.signature(scenario).parameters:
+            if name == "tmp_path":  # a session has none
+                fixtures[name] = tmp_path_factory.mktemp("beside")
+            else:
+                fixtures[name] = request.getfixturevalue(name)
+        futures[scenario] = pool.submit(scenario, **fixtures)
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in STARTED:
+    for process in STARTED:  # what a failing test has left behind
         process.kill()
     pool.shutdown()
 
@@ -1809,8 +1823,10 @@ def refused(capsys, code, start, *arguments):
     return lines[0]
 
 
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def read_log(out, runs=False):
+    """The objects of log.jsonl: with `runs` what it says of its runs, else all others."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [record["run"] if runs else record for record in records if ("run" in record) == runs]
 
 
 def losses(log):
@@ -1864,11 +1880,11 @@ def test_a_mistake_under_torchrun_is_its_last_word(videos, tmp_path):
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(whole, videos, tmp_path):
     """Meanwhile a second run in the folder is refused; that a killed run held it is no obstacle."""
     flags = run_flags(videos, tmp_path, "--val", videos, *SAVING)
-    for lines in (3, 8):
+    for lines in (4, 9):
         run = Apart(*flags)
         run.wait(tmp_path, lines)
         run.send(signal.SIGSTOP)
-        if lines == 3:
+        if lines == 4:
             last = Apart(*flags).end(2).splitlines()[-1]
             assert last.startswith("train.py: error: another run is writing to --out")
         run.send(signal.SIGKILL)                 # nothing can be tidied up
@@ -1944,8 +1960,13 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     log, out, steps = whole.log, whole.out, [record for record in whole.log if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 13))
     peak, floor = 0.05 * 4 / 256, 1e-5 * 4 / 256
+    run, = read_log(out, runs=True)
+    assert json.loads((out / "log.jsonl").open().readline()) == {"run": run}          # the first line
+    assert run["lr"] == 0.05 and run["torch"] == torch.__version__ and run["device"] == "cpu"
+    assert run["parameters"] == sum(p.numel() for p in tiny(num_prototypes=8).parameters())
     for i, record in enumerate(steps):
-        assert {"clips_per_second", "data_wait", "agreement", "perplexity", "spread"} <= set(record)
+        assert {"clips_per_second", "data_wait", "agreement", "perplexity", "spread", "grad_norm",
+                "peak_gpu_gib"} <= set(record)
         assert record["epoch"] == i // 2
         assert record["loss"] == pytest.approx(record["loss_video"] + record["loss_projection"], rel=1e-5)
         cosine = (1 + math.cos(math.pi * (i - 2) / 10)) / 2
@@ -1993,12 +2014,31 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, videos, tmp_path, ca
     same_run(tmp_path, whole.out)
 
 
+def test_the_gradient_norm_is_that_of_the_whole_step(videos, tmp_path, monkeypatch):
+    """Of unscaled gradients over both micro-batches: by hand from what AdamW is given."""
+    by_hand, step = [], torch.optim.AdamW.step
+
+    def look(optimizer, *more, **named):
+        squares = 0
+        for group in optimizer.param_groups:
+            squares += sum(p.grad.double().square().sum() for p in group["params"])
+        by_hand.append(float(squares.sqrt()))
+        return step(optimizer, *more, **named)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    flags = ["--steps", 3, "--batch-size", 2, "--accumulate", 2]
+    for precision in ("fp32", "fp16"):
+        by_hand.clear()
+        log = run_here(videos, tmp_path / precision, *flags, "--precision", precision)
+        assert [record["grad_norm"] for record in log] == pytest.approx(by_hand, rel=1e-4)
+        assert 0.01 < by_hand[0] < 100
+
+
 def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path, capsys, monkeypatch):
     """As torchrun's, in the middle of an evaluation."""
-    def features(*_):
+    def video_features(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise data.WorkerError("a worker has ended (signal 15)")
-    monkeypatch.setattr(train, "features", features)
+    monkeypatch.setattr(train, "video_features", video_features)
     with pytest.raises(SystemExit) as stopped:
         run_here(videos, tmp_path, "--val", videos)
     assert stopped.value.code == 128 + signal.SIGTERM and "error" not in capsys.readouterr().err
@@ -2086,7 +2126,7 @@ def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
     others = [root / "red" / f"bad{i}.mp4" for i in range(200)]
     for path in others:
         path.write_bytes(b"garbage")
-    assert "draws in a row failed" in refused(capsys, 1, run_here, root, out, "--epochs", 30)
+    assert "in a row failed" in refused(capsys, 1, run_here, root, out, "--epochs", 30)
     stopped = sigma.load_checkpoint(out / "checkpoint.pt")["step"]
     for path in others:                          # repaired, the run goes on
         shutil.copy(videos / "red" / "1.mp4", path)
@@ -2094,7 +2134,7 @@ def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("absent.mp4\nneither.mp4\n")
     for workers in (0, 1):
         flags = tmp_path / "list.txt", tmp_path / f"absent{workers}", "--workers", workers
-        assert "draws in a row failed" in refused(capsys, 1, run_here, *flags)
+        assert "in a row failed; the last: " in refused(capsys, 1, run_here, *flags)
 
 
 def test_folders_that_do_not_fit_are_refused_and_kept(whole, videos, tmp_path, capsys):
@@ -2107,6 +2147,102 @@ def test_folders_that_do_not_fit_are_refused_and_kept(whole, videos, tmp_path, c
     assert path.read_bytes() == b"torn"
     torch.save({"model": {}}, path)
     assert "does not fit this run" in refused(capsys, 2, run_here, videos, tmp_path)
+
+
+def as_a_list(path, names, labels):
+    path.write_text("".join(f"{name} {label}\n" for name, label in zip(names, labels)))
+    return path
+
+
+def test_another_fold_or_corrected_labels_are_another_run(videos, tmp_path, capsys):
+    """Of the same length, in the same --out. The same videos elsewhere, or by another name of the list, are
+    none."""
+    names = sorted(str(path.relative_to(videos)) for path in videos.glob("*/*"))
+    root, out, zeros = tmp_path / "here", tmp_path / "run", [0] * 6
+    shutil.copytree(videos, root)
+    fold = as_a_list(root / "fold.txt", names[:6], zeros)
+    log = run_here(fold, out, "--steps", 2)
+    for others, labels in ((names[2:], zeros), (names[:6], [0, 0, 0, 0, 0, 1])):
+        as_a_list(fold, others, labels)
+        line = refused(capsys, 2, run_here, fold, out, "--steps", 2)
+        assert "names_and_labels" in line and "another --out" in line
+    as_a_list(root / "same.txt", names[:6], zeros)
+    fold = root.rename(tmp_path / "there") / "same.txt"
+    assert run_here(fold, out, "--steps", 2) == log
+
+    path = out / "checkpoint.pt"                 # as an older version has left it
+    content = sigma.load_checkpoint(path)
+    for name in ("names_and_labels", "initial_weights"):
+        del content["args"][name]
+    torch.save(content, path)
+    assert losses(run_here(fold, out, "--steps", 3))[3]
+    assert "does not say names_and_labels" in capsys.readouterr().out
+
+
+def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys):
+    """At a learning rate of 0, that of the first step, the weights are still those that the run began
+    with."""
+    start, out = tmp_path / "start.pt", tmp_path / "run"
+    began = {name: value + 0.01 for name, value in tiny(num_prototypes=12).state_dict().items()}
+    torch.save({"model": began}, start)
+    flags = ["--init", start, "--steps"]
+    run_here(videos, out, *flags, 1)
+    line, = re.findall(r".*anew start.*", capsys.readouterr().out)
+    taken = "decoder, decoder head, encoder, encoder_to_decoder, mask_token, projection network"
+    assert line.endswith(f"taken are {taken}; anew start prototypes")                 # 8 instead of 12
+    model = sigma.load_checkpoint(out / "checkpoint.pt")["model"]
+    for name in began.keys() - {"prototypes"}:
+        assert torch.equal(model[name], began[name]), name
+    assert read_log(out)[-1]["step"] == 1
+    assert "initial_weights" in refused(capsys, 2, run_here, videos, out, "--steps", 2)   # began differently
+    start.unlink()                               # not needed any more
+    assert losses(run_here(videos, out, *flags, 2))[2]
+    assert "No such file" in refused(capsys, 2, run_here, videos, tmp_path / "new", *flags, 2)
+    assert len(read_log(out, runs=True)) == 2 and read_log(out, runs=True)[1]["from_step"] == 1
+
+    torch.save({"model": tiny(target="pixel", loss="l2").state_dict()}, start)
+    run_here(videos, tmp_path / "pixels", *flags, 1)
+    assert "anew start decoder head, projection network, prototypes" in capsys.readouterr().out
+    torch.save({"model": SIGMA("small", frames=4, image_size=32).state_dict()}, start)
+    assert "--size small" in refused(capsys, 2, run_here, videos, tmp_path / "small", *flags, 1)
+
+
+@beside
+def test_a_closed_standard_output_is_no_obstacle(videos, tmp_path):
+    """The shell's >&-: then Python has None for it."""
+    for flags, code in ((["--steps", 1], 0), (["--eps", 0], 2)):
+        command = [sys.executable, HERE / "train.py", *run_flags(videos, tmp_path / "run", *flags)]
+        shell = ["sh", "-c", 'exec "$0" "$@" >&-', *map(str, command)]
+        done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert losses(read_log(tmp_path / "run"))
+
+
+def test_colours_are_the_three_principal_components():
+    """Over all clips together, up to their signs: as NumPy's covariance has them."""
+    tokens = torch.randn(2, 50, 6, generator=data.seeded(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    rows = tokens.flatten(0, 1).double().numpy()
+    vectors = np.linalg.eigh(np.cov(rows.T))[1]  # in ascending order
+    colours = train.principal_colours(tokens).flatten(0, 1).numpy()
+    for i in range(3):
+        component = (rows - rows.mean(axis=0)) @ vectors[:, -1 - i]
+        expected = 127.5 + 63.75 * component / component.std()
+        if expected @ colours[:, i] < (255 - expected) @ colours[:, i]:
+            expected = 255 - expected
+        assert np.allclose(colours[:, i], expected.clip(0, 255), atol=0.5)
+
+
+def test_compile_reaches_every_block_and_the_loss(monkeypatch):
+    """DINO's too, though it is hidden from the model's modules; with static shapes."""
+    blocks, functions = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **named: blocks.append((block, named)))
+    monkeypatch.setattr(torch, "compile", lambda function, **named: functions.append((function, named)))
+    model = tiny(**DINO)
+    train.over_processes(SimpleNamespace(compile=True), model)
+    inside = [*model.encoder.blocks, *model.decoder.blocks, *model.teacher.blocks]
+    assert [id(block) for block, _ in blocks] == [id(block) for block in inside]
+    assert functions == [(sigma.sigma_loss, {"dynamic": False})]
+    assert all(named == {"dynamic": False} for _, named in blocks)
 
 
 def test_fp16_after_another_precision_starts_at_its_own_scale(videos, tmp_path):
@@ -2151,15 +2287,14 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsy
 
 @parametrize("flags", ["", "--target dino --teacher vits16", "--target pixel"])
 @parametrize("way", ["ours", "the release's"])
-def test_bench_times_a_step_and_its_parts(tmp_path, capsys, monkeypatch, flags, way):
+def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags, way):
     monkeypatch.chdir(tmp_path)
     if way != "ours":
         as_the_release(monkeypatch)
     main_here("--bench", *RUN, "--steps", 1, *flags.split())
-    first, speed, *parts = capsys.readouterr().out.strip().splitlines()
+    first, speed = capsys.readouterr().out.strip().splitlines()
     rate, milliseconds = (float(re.search(p, speed)[1]) for p in (r"([\d.]+) clips/s", r"([\d.]+) ms a step"))
     assert "1 x 4 clips of 4 frames" in first and rate * milliseconds / 1000 == pytest.approx(4, rel=0.01)
-    assert len(parts) == 4 and {"encoder", "decoder"} < {line.split("ms a clip  ")[1] for line in parts}
     assert not list(tmp_path.iterdir())
 
 
@@ -2183,7 +2318,10 @@ def test_knn_is_the_definition():
         right += votes.index(max(votes)) == label
     assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 30)
     lonely = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])  # of itself a row would vote for its own class
-    assert train.knn(lonely, torch.arange(3), lonely, torch.arange(3), k=1) == 0
+    own = lonely, torch.arange(3)
+    assert train.knn(*own, *own, k=1, leave_one_out=True) == 0
+    alone = lonely[:1], torch.arange(1)
+    assert math.isnan(train.knn(*alone, *alone, leave_one_out=True))
 
 
 # ============ train.py: evaluation ============
@@ -2238,19 +2376,21 @@ def test_multi_view_averages_softmax(videos):
             parts = video, video[..., 0], video[:, :, 0]
             return torch.stack([part.flatten(1).mean(dim=1) for part in parts], dim=1) * 3
 
-    args = SimpleNamespace(workers=0, device=torch.device("cpu"), cuda=False, stop=0, batch_size=14,
-                           autocast=contextlib.nullcontext)
+    args = SimpleNamespace(batch_size=14)
+    process = SimpleNamespace(workers=0, device=torch.device("cpu"), cuda=False, stop_signal=0, named=set(),
+                              autocast=contextlib.nullcontext)
     found, model = data.find_videos(videos), Reader()
     clips = data.Clips(found, 2, 1, 32, 0, False, views=(2, 3))
     views = [data.normalize(clips[0, i]["video"]) for i in range(8)]
     truth = torch.stack([model(view).softmax(dim=1).mean(dim=0).argmax() for view in views])
     found.labels = torch.cat([(truth[:2] + 1) % 3, truth[2:]])
-    assert train.multi_view(args, model, clips) == (75.0, 100.0, 8)
+    assert train.multi_view(args, process, model, clips) == (75.0, 100.0, 8)
 
 
 def test_the_classifier_is_videomaes_with_layer_decay():
     full, model, depth = tiny().eval(), classifier(5).eval(), SIZES["tiny"]["depth"]
-    train.load_weights(model, full.state_dict(), "x", free=("fc_norm.", "head."))
+    weights = train.Weights("x", full.state_dict(), {}, 0, "")
+    train.load_weights(model, weights, free=("fc_norm.", "head."))
     video = torch.randn(2, 3, 4, 32, 32)
     full.encoder.norm = torch.nn.Identity()
     pooled = F.layer_norm(full.features(video).mean(1), model.fc_norm.normalized_shape, eps=1e-6)
@@ -2258,7 +2398,7 @@ def test_the_classifier_is_videomaes_with_layer_decay():
     assert 0 < model.head.weight.abs().max() < 1e-3
     drops = torch.tensor([block.drop_path for block in model.encoder.blocks])
     assert torch.allclose(drops, torch.linspace(0, 0.1, depth))
-    groups = train.layer_groups(model)
+    groups = train.layer_groups(model, (0.9, 0.999))
     of = {id(p): group for group in groups for p in group["params"]}
     assert len(of) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
     for name, p in model.named_parameters():
@@ -2284,10 +2424,9 @@ def test_augmentation_is_one_draw_for_all_frames():
     ("--data x --epochs 16", dict(warmup_epochs=2, lr=1.5e-4, batch_size=32, eval_every=50, size="base")),
     ("", dict(epochs=25, lr=4e-3, size="tiny", eval_every=5, prototypes=64)),
     ("--finetune none --data x", dict(epochs=100, lr=1e-3, warmup_epochs=5)),
-    ("--finetune none --data x --stride 0", dict(epochs=40)),
     ("--finetune none", dict(epochs=15, size="tiny", image_size=48, lr=1e-2))])
 def test_presets(flags, expected):
-    args = train.parse_args(flags.split())
+    args, _ = train.parse_args(flags.split())
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -2303,13 +2442,12 @@ def test_authors_files(tmp_path, target, loss, teacher):
     model = SIGMA("small", target, loss, 7, teacher=teacher, frames=2, image_size=32)
     said = argparse.Namespace(lr=1.0, num_frames=8, sampling_rate=2, input_size=112)
     path = saved(tmp_path / "a.pth", {"model": model.state_dict(), "epoch": 799, "args": said})
-    state, facts, _ = train.read_weights(path)
-    assert (facts["size"], facts["target"], facts["loss"]) == ("small", target, loss)
-    assert facts["teacher"] == teacher and facts["prototypes"] == (7 if loss == "sigma" else 1)
-    args = train.parse_args(["--probe", str(path), "--data", "x"])
+    args, weights = train.parse_args(["--probe", str(path), "--data", "x"])
+    assert (args.size, args.target, args.loss, args.teacher) == ("small", target, loss, teacher)
+    assert loss == "l2" or args.prototypes == 7
     assert (args.frames, args.stride, args.image_size) == (8, 2, 112)
-    assert train.parse_args(["--segment", str(path)]).stride == 1
-    assert train.load_weights(model, state, path) == []
+    assert train.parse_args(["--segment", str(path)])[0].stride == 1
+    assert train.load_weights(model, weights) == []
 
 
 def classifier(classes):
@@ -2320,14 +2458,57 @@ def test_videomaes_fine_tuned_files(tmp_path, videos):
     heads, state = ("fc_norm.", "head."), classifier(5).state_dict()
     theirs = {f"backbone.{name.removeprefix('encoder.')}": value for name, value in state.items()}
     path = saved(tmp_path / "mae.pth", {"module": theirs})
-    read, facts, _ = train.read_weights(path)
-    assert (facts["size"], facts["target"], facts["loss"]) == ("tiny", "pixel", "l2")
+    weights = train.read_weights(path)
+    assert weights.settings == {"size": "tiny", "target": "pixel", "loss": "l2"}
     same = classifier(5)
-    assert train.load_weights(same, read, path, heads) == []
+    assert train.load_weights(same, weights, heads) == []
     assert_close(state, same.state_dict(), rtol=0, atol=0)
-    assert train.load_weights(classifier(6), read, path, heads) == ["head.weight", "head.bias"]
+    assert train.load_weights(classifier(6), weights, heads) == ["head.weight", "head.bias"]
     for flag in ("--probe", "--segment"):        # frozen, it is read as well
         main_here(flag, path, *eval_flags(videos), "--out", tmp_path / flag)
+
+
+HUGGING_FACE = {  # parts of the released names and of transformers' names, in this order
+    "encoder.patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
+    "encoder.blocks": "videomae.encoder.layer", "encoder.norm": "videomae.layernorm",
+    "decoder.blocks": "decoder.decoder_layers", "norm1": "layernorm_before", "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    "attn.": "attention.attention."}
+
+
+def hugging_face(state, q_bias, v_bias):
+    """Tensors under the names of transformers' VideoMAE; q_bias, v_bias: how those two end."""
+    theirs = {}
+    for name, value in state.items():
+        for ours, part in HUGGING_FACE.items():
+            name = name.replace(ours, part)
+        name = re.sub("^head", "classifier", name).replace("q_bias", q_bias).replace("v_bias", v_bias)
+        if "qkv" not in name:
+            theirs[name] = value
+        else:
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                theirs[name.replace("qkv", part)] = third
+    return theirs
+
+
+@parametrize("q_bias, v_bias", [("q_bias", "v_bias"), ("query.bias", "value.bias")])
+def test_hugging_faces_videomae_is_read_under_the_released_names(tmp_path, q_bias, v_bias):
+    for model in (tiny(target="pixel", loss="l2"), classifier(5)):
+        state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        path = saved(tmp_path / "pytorch_model.bin", hugging_face(state, q_bias, v_bias))
+        weights = train.read_weights(path)
+        assert_close(weights.state, state, rtol=0, atol=0)
+        assert weights.settings == {"size": "tiny", "target": "pixel", "loss": "l2"}
+    with pytest.raises(ValueError, match="take the model's pytorch_model.bin"):
+        train.read_weights(tmp_path / "model.safetensors")
+
+
+def test_another_grid_of_tubes_than_in_training_is_said(world, videos, tmp_path, capsys):
+    flags = ["--probe", world / "ours.pt", "--data", videos, "--val", videos, "--out"]
+    main_here(*flags, tmp_path / "same")
+    assert "position table" not in capsys.readouterr().out
+    main_here(*flags, tmp_path / "other", "--frames", 8)
+    assert "trained on 4 frames of 32 pixels: with 8 of 32" in capsys.readouterr().out
 
 
 def test_partial_files_say_what_is_missing(tmp_path):
@@ -2336,14 +2517,12 @@ def test_partial_files_say_what_is_missing(tmp_path):
                          ({f"{block}mlp.fc1.weight": torch.zeros(3, 4)}, "fc1.weight is (3, 4) instead of"),
                          ({"encoder.blocks.99.norm1.weight": torch.zeros(9)}, "99.norm1.weight is unknown")):
         changed = {name: value for name, value in {**state, **change}.items() if value is not None}
-        read, *_ = train.read_weights(saved(tmp_path / "p.pt", {"model": changed}))
+        weights = train.read_weights(saved(tmp_path / "p.pt", {"model": changed}))
         with pytest.raises(ValueError, match=re.escape(text)):
-            train.load_weights(model, read, "p.pt", ("fc_norm.", "head."))
+            train.load_weights(model, weights, ("fc_norm.", "head."))
     patches = torch.ones(9, 3, 2, 16, 16)
-    for content, text in (({"encoder.patch_embed.proj.weight": patches}, "no video model of size tiny"),
-                          ({"videomae.layernorm.weight": torch.ones(768)}, "but Hugging Face's: take")):
-        with pytest.raises(ValueError, match=text):
-            train.read_weights(saved(tmp_path / "q.pt", content))
+    with pytest.raises(ValueError, match="no video model of size tiny"):
+        train.read_weights(saved(tmp_path / "q.pt", {"encoder.patch_embed.proj.weight": patches}))
 
 
 @beside
@@ -2371,7 +2550,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(world, tmp_path):
     assert read_log(tmp_path / "o")[-1]["videos"] == 8
 
 
-def test_finetune_runs_and_resumes(world, videos, tmp_path):
+def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
     flags = ["--finetune", world / "ours.pt", *eval_flags(videos), "--batch-size", 3, "--epochs", 2,
              "--warmup-epochs", 1, "--out"]
     main_here(*flags, tmp_path / "whole")
@@ -2381,9 +2560,20 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path):
     main_here(*flags, tmp_path / "parts", "--steps", 3, "--recompute")
     main_here(*flags, tmp_path / "parts")
     same_run(tmp_path / "whole", tmp_path / "parts")
-    before, after = (torch.load(path)["model"]["encoder.blocks.1.mlp.fc1.weight"]
-                     for path in (world / "ours.pt", tmp_path / "whole/checkpoint.pt"))
+    content = torch.load(tmp_path / "whole/checkpoint.pt")
+    before, after = (part["model"]["encoder.blocks.1.mlp.fc1.weight"]
+                     for part in (torch.load(world / "ours.pt"), content))
     assert len(losses(log)) == 4 and 0 < (after - before).abs().max() < 0.1
+    assert content["classes"] == ["blue", "red"]
+    # Known by its weights: the same elsewhere goes on, others do not, and in the end none are needed.
+    moved = shutil.copy(world / "ours.pt", tmp_path / "moved.pt")
+    flags[1] = moved
+    main_here(*flags, tmp_path / "parts")
+    torch.save({"model": tiny(num_prototypes=5).state_dict()}, moved)
+    assert "initial_weights" in refused(capsys, 2, main_here, *flags, tmp_path / "parts")
+    moved.unlink()
+    main_here(*flags, tmp_path / "parts")
+    same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
@@ -2414,7 +2604,8 @@ def test_the_readme_names_what_there_is():
     readme = (HERE / "README.md").read_text()
     others = {"help", "rate", "seconds", "ipc", "shm-size", "nproc_per_node", "nnodes", "standalone",
               "rdzv_backend", "rdzv_id", "rdzv_endpoint", "max-restarts"}
-    assert set(re.findall(r"--([a-z][a-z_-]+)", readme)) <= others | set(train.FLAGS)
+    flags = {name[2:] for name in train.make_parser()._option_string_actions}
+    assert set(re.findall(r"--([a-z][a-z_-]+)", readme)) <= others | flags
     table = readme[readme.index("## The paper beside the code"):readme.index("## Pretraining")]
     cells = "".join(line.split("|")[-2] for line in table.splitlines() if "`" in line)
     named = re.findall(r"`([A-Za-z_.]+)`", cells)
@@ -2428,9 +2619,8 @@ def test_the_readme_names_what_there_is():
 # ============ python test_sigma.py speed: a step beside the release's way of computing ============
 
 def as_the_release(patch):
-    """From here on SIGMA computes as the release does, in memory that the C library gives as it likes."""
+    """From here on SIGMA computes as the release does."""
     patch.setattr(SIGMA, "forward", lambda *given: (release_forward(*given), {}))
-    patch.setattr(train, "ctypes", None)
 
 
 def bench_release(*flags):

@@ -2,15 +2,19 @@
 
     torchrun train.py                                     the demo: synthetic videos, minutes on two CPU cores
     torchrun --nproc_per_node 8 train.py --data train.csv --val val.csv --target dino --out runs/k400
+    torchrun train.py --data train.csv --init authors.pth      start from released weights
     torchrun train.py --probe runs/demo/checkpoint.pt     k-NN and linear probe of frozen features
     torchrun train.py --finetune authors.pth --data train.csv --val val.csv
     torchrun train.py --segment runs/demo/checkpoint.pt   unsupervised video object segmentation
 
-Started again with the same --out a run resumes;
-its loss curve is that of an uninterrupted run."""
+Plain `python train.py` runs one process. Started again with the same --out, a run goes on from its last
+checkpoint, and its loss curve is that of an uninterrupted run.
+
+The first half of this file is pretraining: flags, this process, the loop, what is trained, checkpoints, log,
+k-NN, pictures. The second half, below the rule, evaluates; whoever asks how SIGMA is trained can skip it.
+"""
 import argparse
-import atexit
-import ctypes
+import hashlib
 import itertools
 import json
 import math
@@ -20,11 +24,13 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Before PyTorch's threads start: they would spin while they wait, on the loader's cores.
+# OpenMP's threads would otherwise spin while they wait, on the cores that decode videos. The variable is read
+# when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -40,464 +46,897 @@ from tqdm import tqdm
 
 import data
 import sigma
-from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint, patchify
+from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint
+
+# ============ flags ============
+# Each flag is one line with the paper's default. The demo and fine-tuning have other defaults, which follow.
+# What is typed always wins. After parse_args nothing changes `args` any more.
+
+DEMO = dict(size="tiny", prototypes=64, mask_ratio=0.75, frames=8, stride=2, image_size=48, epochs=25,
+            warmup_epochs=3, lr=4e-3, min_lr=4e-4, eval_every=5)
+FINETUNE = dict(epochs=100, warmup_epochs=5, batch_size=16, lr=1e-3, min_lr=1e-6, eval_every=0)
+FINETUNE_DEMO = dict(epochs=15, lr=1e-2)
+EPILOG = f"""In brackets are the paper's defaults. The demo's:
+{DEMO}
+Fine-tuning's: {FINETUNE}; on the demo {FINETUNE_DEMO}.
+A warm-up that is not typed takes an eighth of --epochs at most. An evaluation's size, target and clips are
+those of its checkpoint."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says a mistake in one line, without the usage of forty flags."""
+    def error(self, message):
+        raise Stop(message)
+
+
+def at_least(least, kind):
+    """An argparse type: a finite number of this kind with a lower bound."""
+    def parse(text):
+        value = kind(text)  # argparse itself tells of a ValueError
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}, and finite")
+        return value
+    parse.__name__ = kind.__name__  # the name that argparse's message uses
+    return parse
+
+
+def make_parser():
+    """The parser of all flags, with the paper's defaults."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG)
+    count = at_least(1, int)
+    whole = at_least(0, int)
+    positive = at_least(1e-9, float)
+    not_negative = at_least(0, float)
+
+    def add(name, kind, default, text):
+        """A flag whose value is of a type or one of a list. None: what it is then follows from the others."""
+        if default is not None:
+            text += f" [{default}]"
+        key = "choices" if isinstance(kind, list) else "type"
+        parser.add_argument(name, default=default, help=text, **{key: kind})
+
+    # What to do, and the checkpoint to do it with. Without these flags: pretraining, from random weights.
+    add_task = parser.add_mutually_exclusive_group().add_argument
+    add_task("--init", help="pretraining that starts from the weights of this checkpoint")
+    add_task("--probe", help="k-NN and linear probe of this checkpoint, from --data to --val")
+    add_task("--finetune", help="train this checkpoint, or `none`, on the labels of --data, test on --val")
+    add_task("--segment", help="cluster tubes by this checkpoint's features; mIoU on DAVIS's folders")
+    add_task("--bench", action="store_true", help="time training steps of these flags; writes nothing")
+
+    # Files
+    parser.add_argument("--data", nargs="?", const="demo", default="demo",
+                        help="demo; a folder of videos (class folders: labels); a list, path[ label] a line")
+    add("--val", str, None, "labelled videos, for k-NN in pretraining, and to test --probe and --finetune")
+    add("--out", Path, None, "folder for log, checkpoints, pictures; a run in it is resumed [runs/…]")
+    add("--dino-weights", str, None, "the public file of --teacher; without it, it is downloaded")
+
+    # The method
+    add("--size", list(SIZES), "base", "of the model")
+    add("--target", ["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, or pixels (VideoMAE)")
+    add("--teacher", list(TEACHERS), "vitb16", "DINO network of --target dino")
+    add("--loss", ["sigma", "l2"], "sigma", "l2 collapses with mlp; with pixel, VideoMAE, it is the default")
+    add("--assignment", ["hard", "soft"], "hard", "targets: argmax of q (release), or q itself (text)")
+    add("--prototypes", count, 3000, "K")
+    add("--eps", positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B")
+    add("--mask-ratio", positive, 0.9, "share of tubes that is hidden")
+
+    # Clips
+    add("--frames", count, 16, "in a clip")
+    add("--stride", whole, 4, "from one frame to the next; 0: spread over the video. SSv2: 2, fine-tuned 0")
+    add("--image-size", count, 224, "pixels a side")
+    add("--repeats", count, 1, "clips from one decoding of a video")
+    add("--workers", whole, None, "decoding processes of each rank [its share of cores, to 16; on a CPU 1]")
+
+    # Schedule
+    add("--epochs", count, 800, "length of the schedule; fine-tuning on SSv2: 40")
+    add("--warmup-epochs", not_negative, 40, "in which the learning rate rises")
+    add("--steps", count, None, "stop after so many optimiser steps; --bench: time so many [5]")
+    add("--batch-size", count, 32, "clips of a micro-batch, in each process")
+    add("--accumulate", count, 1, "micro-batches a step; Sinkhorn balances each by itself")
+    add("--lr", positive, 1.5e-4, "peak learning rate, for 256 clips a step")
+    add("--min-lr", not_negative, 1e-5, "last learning rate, for 256 clips a step")
+    add("--seed", whole, 0, "of everything that is drawn")
+
+    # Machine
+    add("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile blocks and loss")
+    parser.add_argument("--recompute", action="store_true", help="less memory, a third more time")
+
+    # Once in a while
+    add("--eval-every", whole, 50, "epochs between k-NN readings and pictures; 0: first and last")
+    add("--save-minutes", positive, 10, "between checkpoints, at most")
+    add("--keep-every", count, 100, "epochs between checkpoints that stay")
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags, and the Weights of their checkpoint, None without. Raises Stop, ValueError, OSError.
+
+    They are parsed three times: once to learn what kind of run it is, again with the defaults of that kind
+    and of its checkpoint, and, as the default warm-up depends on the number of epochs, once more."""
+    parser = make_parser()
+    typed = parser.parse_args(argv)
+    mode = "pretrain"
+    for name in ("probe", "finetune", "segment"):
+        if getattr(typed, name) is not None:
+            mode = name
+    checkpoint = getattr(typed, mode, typed.init)
+    if typed.bench:
+        mode = "bench"
+    if typed.finetune == "none":  # from random weights
+        checkpoint = None
+    on_demo = typed.data == "demo" and mode != "bench"
+    out = typed.out
+    if out is None:
+        name = Path(os.path.abspath(typed.data)).stem  # also of --data .
+        out = Path("runs", f"{name}-{mode}".removesuffix("-pretrain"))
+
+    if on_demo:
+        parser.set_defaults(**DEMO)
+    if mode == "finetune":
+        parser.set_defaults(**FINETUNE)
+        if on_demo:
+            parser.set_defaults(**FINETUNE_DEMO)
+    if mode == "segment":
+        parser.set_defaults(stride=1)
+    if typed.target == "pixel":
+        parser.set_defaults(loss="l2")
+    weights = None
+    if checkpoint is not None:
+        weights = read_weights(checkpoint, out)
+        if mode != "probe":  # which alone looks at clips of the same stride
+            weights.settings.pop("stride", None)
+        if mode != "pretrain":
+            parser.set_defaults(**weights.settings)
+    epochs = parser.parse_args(argv).epochs
+    parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), epochs / 8))
+    args = parser.parse_args(argv)
+
+    args.mode = mode
+    args.out = out
+    args.demo = None
+    if on_demo:
+        args.demo = out / "videos"  # the folder of its videos, or that of the run that made the checkpoint
+        if checkpoint is not None and Path(checkpoint).with_name("videos").is_dir():
+            args.demo = Path(checkpoint).with_name("videos")
+        args.data = args.demo / ("davis" if mode == "segment" else "train")
+        args.val = args.val or args.demo / "val"
+    if weights is not None and args.size != weights.settings["size"]:
+        raise Stop(f"{checkpoint} is of --size {weights.settings['size']}")
+    if mode == "bench" and args.accumulate > 1:
+        raise Stop("--bench times micro-batches: leave --accumulate out")
+    if args.batch_size % args.repeats:
+        raise Stop("--repeats must divide --batch-size")
+    return args, weights
+
+
+# ============ this process ============
+# torchrun starts one process for each GPU and numbers them: a process's number is its rank, their number is
+# the world's size. All ranks must call a collective operation (a sum or a vote over the ranks) in the same
+# order, or they wait for each other for ever. So whatever can go wrong in one of them is voted on by all.
+
+def rank(kind="RANK"):
+    """This process's number; LOCAL_RANK: its number on this machine."""
+    return int(os.environ.get(kind, 0))
+
+
+def world(kind="WORLD_SIZE"):
+    """The number of processes; LOCAL_WORLD_SIZE: that on this machine."""
+    return int(os.environ.get(kind, 1))
+
+
+class Stop(Exception):
+    """Ends the program with one line: a user's mistake (exit code 2), or a run that cannot go on (1).
+
+    All ranks raise it together, so rank 0 alone prints the line."""
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+class Process:
+    """What this process computes on: device, precision, workers; and the signal that asked it to stop."""
+    def __init__(self, args):
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        self.precision = "fp32"
+        self.workers = 1
+        if self.cuda:
+            self.device = torch.device("cuda", rank("LOCAL_RANK"))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32, where the precision is fp32
+            self.precision = "fp16"
+            if torch.cuda.get_device_capability() >= (8, 0):  # from Ampere on
+                self.precision = "bf16"
+            self.workers = min(16, max(1, data.CORES // world("LOCAL_WORLD_SIZE")))
+        if args.precision != "auto":
+            self.precision = args.precision
+        if args.workers is not None:
+            self.workers = args.workers
+        where = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} CPU threads"
+        self.about = (f"{world()} x {args.batch_size} clips of {args.frames} frames, {self.precision} on "
+                      f"{where}")
+
+        self.named = set()  # unreadable files that people were told of
+        self.finishes_step = False  # whether a signal waits for the end of the training step
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+
+    def hear(self, number, frame):
+        """A signal ends the program at once; the training loop first ends its step and saves."""
+        if not self.finishes_step:
+            sys.exit(128 + number)
+        self.stop_signal = number
+
+    def autocast(self):
+        """The context in which models run: matrix products in bf16 or fp16."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def join_processes():
+    """Joins torchrun's process group. Gloo carries what stays on the hosts, so no GPU is waited for there."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        if world("LOCAL_WORLD_SIZE") > torch.cuda.device_count():
+            raise Stop(f"{world('LOCAL_WORLD_SIZE')} processes, {torch.cuda.device_count()} GPUs: lower "
+                       "--nproc_per_node")
+    if world() > 1:
+        dist.init_process_group(backend)
+
+
+def over_ranks(value, op="MAX"):
+    """A number of each rank's own -> one for all, on the hosts. Every rank waits here for all others."""
+    return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), op).item()
+
+
+def gather(thing):
+    """Anything that pickles, of each rank's own -> the list of all ranks' things, on every rank."""
+    everyone = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(everyone, thing)
+    return everyone
+
+
+def stop_together(trouble, code=2):
+    """Raises Stop in all ranks if any has trouble, a text; those without have None."""
+    for said in gather(trouble):
+        if said is not None:
+            raise Stop(said, code)
+
+
+@contextmanager
+def agreed():
+    """Around what reads users' words and files: trouble in one process ends all of them."""
+    trouble = None
+    try:
+        yield
+    except (Stop, ValueError, OSError) as error:
+        trouble = str(error)
+    stop_together(trouble)
+
+
+def say(message):
+    """Prints a line above the progress bar, once for all ranks."""
+    if rank() == 0:
+        with suppress(OSError):  # a full disk or a closed pipe is no reason to stop
+            tqdm.write(message)
+
+
+def name_unreadable(process, reasons):
+    """Tells people of each file that cannot be read once, however often it is met. reasons: {path:
+    reason}."""
+    for path in sorted(reasons.keys() - process.named):
+        say(f"unreadable: {path}: {reasons[path]}")
+    process.named.update(reasons)
+
+
+def take_folder(args):
+    """Makes --out, locks it against a second run, writes the demo's videos. -> the file that holds the lock.
+
+    The lock is the kernel's, and ends with this process, however that ends."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "a")
+    try:
+        import fcntl
+        if rank() == 0:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to --out {args.out}: name another") from None
+    except (OSError, ImportError):  # file systems without locks, Windows: a second run goes unnoticed
+        pass
+    if args.demo is not None and rank() == 0:
+        data.write_demo(args.demo)
+    return lock
 
 
 # ============ the training loop ============
-def fit(args, model, groups, betas, train_set, objective, evaluate):
-    """Trains until --epochs or --steps are done, from where --out left off.
+# One loop for pretraining and fine-tuning. What is special about each comes in as two functions: `objective`
+# computes a loss, `evaluate` tests the model.
 
-    groups: AdamW's, with `lr_scale` where layers learn at different rates.
-    objective(model, normalised video, batch, step) -> loss, dict of statistics.
-    evaluate(log, step): before the first step, every --eval-every epochs, at the end."""
+def fit(args, process, model, groups, train_set, notes, objective, evaluate):
+    """Trains until --epochs or --steps are done, from where the run in --out left off.
+
+    groups: AdamW's parameter groups; `lr_scale` in a group scales its learning rate.
+    notes: what a checkpoint is to say. Of it `args` decides the loss curve: a resumed run must have the same.
+    objective(model, video [B, 3, T, H, W] normalised, batch, step) -> scalar loss, dict of scalar statistics.
+    evaluate(log, step): called before the first step, every --eval-every epochs and after the last one."""
     sampler = data.EpochSampler(len(train_set), args.batch_size, rank(), world(), args.seed, args.repeats,
                                 args.accumulate)
-    per_epoch = sampler.steps_per_epoch // args.accumulate  # optimiser steps
-    last = min(args.epochs * per_epoch, args.steps or math.inf)  # the run's last step
-    for group in groups:  # learning rates are per 256 clips
-        group["initial_lr"] = args.lr * args.clips_a_step / 256 * group.pop("lr_scale", 1.0)
-    # Fused, AdamW neither takes nor counts a step where the scaler finds gradients not finite, and nobody
-    # waits for the GPU to know. Hence a scaler for bf16 and fp32 too, of scale 1.
-    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
-    scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0 ** 16 if args.precision == "fp16" else 1.0)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # what a checkpoint holds
-    start, log = resume(args, parts)
-    step, trained = start, wrapped(args, model)
-    save = partial(save_checkpoint, args, log, parts, per_epoch)
+    steps_per_epoch = sampler.steps_per_epoch // args.accumulate  # the sampler counts micro-batches
+    last_step = min(args.epochs * steps_per_epoch, args.steps or math.inf)
+    clips_per_step = args.batch_size * args.accumulate * world()
 
-    # Micro-batches; each follows from its number, so a resumed run goes on with the very next one.
-    sampler.start, sampler.stop = step * args.accumulate, last * args.accumulate
-    stream = data.batches_to_device(data.load(train_set, sampler, args.workers, args.cuda), args.device)
-    bar = tqdm(total=last, initial=step, desc="train", disable=rank() > 0 or None)
-    evaluated = over_ranks(max((r["step"] for r in log.records if "eval" in r), default=-1))  # its step
-    bad, trouble, saved = {}, None, -math.inf  # path -> reason; why to stop; time of the last checkpoint
-    logged, since, waited = step, None, 0.0  # the last line, and the time from there on
-    # AdamW's count of steps, the same for all parameters, and the last not left out
-    taken, moved = int(next(iter(optimizer.state.values()), {"step": 0})["step"]), step
-    for number in (signal.SIGTERM, signal.SIGINT):  # heard after the step, or an evaluation's batch
-        signal.signal(number, lambda signum, frame: setattr(args, "stop", signum))
+    peak_lr = args.lr * clips_per_step / 256  # learning rates are given for 256 clips, as in the paper
+    for group in groups:
+        group["initial_lr"] = peak_lr * group.pop("lr_scale", 1.0)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    # fp16 needs a scaler, or small gradients become 0. bf16 and fp32 have one of scale 1 for another reason:
+    # with a scaler the fused AdamW leaves out a step whose gradients are not finite by itself, on the GPU,
+    # so that nobody has to wait for the GPU to know. DDP has averaged the gradients before, so all ranks
+    # leave out the same steps.
+    fp16 = process.precision == "fp16"
+    scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0 ** 16 if fp16 else 1.0)
+
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start, log = resume(args, parts, notes["args"])
+    step = start
+    if step < last_step:
+        parameters = sum(p.numel() for p in model.parameters())
+        log.write(run={**vars(args), "from_step": step, "about": process.about, "device": str(process.device),
+                       "torch": torch.__version__, "parameters": parameters})
+    save = partial(save_checkpoint, args.out, log, parts, notes)
+    trained = over_processes(args, model)
+
+    # The sampler's batches follow from their number, so that a resumed run goes on with the very next one.
+    sampler.start = step * args.accumulate
+    sampler.stop = last_step * args.accumulate
+    batches = data.load(train_set, sampler, process.workers, process.cuda)
+    batches = data.batches_to_device(batches, process.device)
+
+    # tqdm's None: where there is a terminal
+    bar = tqdm(total=last_step, initial=step, desc="train", disable=rank() > 0 or None)
+    line_every = max(1, min(50, last_step // 500))
+    evaluations = [record["step"] for record in log.records if "eval" in record]
+    evaluated_step = over_ranks(max(evaluations, default=-1))
+    next_save = time.monotonic()  # after the first step, so that a full disk is noticed early
+    began = time.monotonic()  # this and the next two: since the last line of the log
+    waited = 0.0
+    logged_step = step
+    unreadable = {}  # path -> reason, since they were last exchanged with the other ranks
+    trouble = None  # why this rank cannot go on
+    not_finite = torch.tensor(0, device=process.device)  # steps in a row; stays on the GPU
+    process.finishes_step = True
     model.train()
     while True:
-        # ---- once in a while: a checkpoint (three times the model), an evaluation ----
-        due = step in (0, last) or args.eval_every > 0 and step % (args.eval_every * per_epoch) == 0
-        keep = step % (args.keep_every * per_epoch) == 0
-        if step > start and (due or keep or time.monotonic() > saved + 60 * args.save_minutes):
-            saved = time.monotonic()  # also on failure: a full disk is not tried at every step
-            if keep:  # first, as a resumed run does not come back to it
-                save(step, f"checkpoint-{step // per_epoch:04d}.pt")
-            if not save(step) and step == last and rank() == 0:
+        # once in a while: save a checkpoint (it is three times as large as the model), evaluate
+        evaluation_due = step in (0, last_step) or every(args.eval_every * steps_per_epoch, step)
+        keep_due = every(args.keep_every * steps_per_epoch, step)
+        if step > start and (evaluation_due or keep_due or time.monotonic() > next_save):
+            next_save = time.monotonic() + 60 * args.save_minutes  # after a failure, too: a disk stays full
+            epoch = step // steps_per_epoch
+            if keep_due:  # before checkpoint.pt, as a run resumed from that does not come back to this step
+                save(step, epoch, f"checkpoint-{epoch:04d}.pt")
+            saved = save(step, epoch)
+            if step == last_step and not over_ranks(saved):
                 raise Stop("training is done, but not saved: make room and run it again", code=1)
-        if due and step > evaluated:
+        if evaluation_due and step > evaluated_step:
             evaluate(log, step)
-            plot(log.records, args.out / "curve.png")
-        if step >= last:
-            return bar.close()
+            plot_curves(log.records, args.out / "curve.png")
+        if step >= last_step:
+            break
+        if evaluation_due:
+            began = time.monotonic()  # an evaluation is not training time
 
-        # ---- data, or a reason to stop, which all hear before they wait for each other ----
-        began = time.monotonic()
-        since = since or began  # evaluations take no part
+        # get the data, or learn that it is time to stop
+        asked = time.monotonic()
         try:
-            micro_batches = [next(stream) for _ in range(args.accumulate)]
+            micro_batches = [next(batches) for _ in range(args.accumulate)]
         except (data.VideoError, data.WorkerError) as error:
             trouble = str(error)
-        waited += time.monotonic() - began
-        reason = over_ranks(args.stop or (0.5 if trouble else 0))  # a signal outranks trouble
-        if reason:
-            kept = over_ranks(float(save(step)))  # all wait: torchrun kills them at the first exit
-            say(f"stopped after step {step}; {'the same command goes on' if kept else 'NOT saved'}")
-            raise SystemExit(128 + int(reason)) if reason >= 1 else Stop(trouble, code=1)
+        waited += time.monotonic() - asked
+        exit_code = 0
+        if trouble is not None:
+            exit_code = 1
+        if process.stop_signal:  # the signal also ends the workers, so that it explains their trouble
+            exit_code = 128 + process.stop_signal
+        # All ranks agree before the forward pass: one without a batch must not leave the others waiting in
+        # Sinkhorn's sums. This vote is between the hosts, mostly while the GPU still computes the last step.
+        exit_code = int(over_ranks(exit_code))
+        if exit_code > 0:
+            log.share_unreadable(process, step, unreadable)
+            saved = over_ranks(save(step, step // steps_per_epoch))
+            say(f"stopped after step {step}; {'the same command goes on' if saved else 'NOT saved'}")
+            if exit_code == 1:
+                stop_together(trouble, code=1)
+            raise SystemExit(exit_code)
 
-        # ---- forward and backward: nothing waits for the GPU; gradients go over ranks once a step ----
+        # ----------------------------------------------------------------------------------------------------
+        # the training step; nothing in it waits for the GPU
+        share = share_of_peak(args, step, steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * share_of_peak(args, step, per_epoch)
-        rows = []
-        for micro, batch in enumerate(micro_batches, 1):
-            together = world() == 1 or micro == args.accumulate
-            with nullcontext() if together else trained.no_sync():
-                with args.autocast():
-                    loss, stats = objective(trained, data.normalize(batch["video"]), batch, step)
-                scaler.scale(loss / args.accumulate).backward()  # their mean
-            rows.append(torch.stack([loss.detach(), *stats.values()]))
-            bad.update(batch["bad"])  # unreadable
-
-        # ---- the step itself: fp16 adapts its scale, the others keep 1 ----
-        scaler.step(optimizer)  # none where gradients are not finite
-        scaler.update(None if args.precision == "fp16" else 1.0)
-        optimizer.zero_grad(set_to_none=True)
+            group["lr"] = group["initial_lr"] * share
+        rows = []  # loss and statistics of each micro-batch
+        for number, batch in enumerate(micro_batches, start=1):
+            # DDP averages the gradients over the ranks in the backward pass of the last micro-batch alone.
+            trained.require_backward_grad_sync = number == args.accumulate
+            with process.autocast():
+                loss, stats = objective(trained, data.normalize(batch["video"]), batch, step)
+            # Gradients of the micro-batches add up, so each is divided by their number.
+            scaler.scale(loss / args.accumulate).backward()
+            stats["loss"] = loss.detach()
+            rows.append(torch.stack(list(stats.values())))
+            unreadable.update(batch["bad"])
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        not_finite = (not_finite + 1) * ~grad_norm.isfinite()  # torch.where with a number would wait
+        scaler.step(optimizer)
+        scaler.update(None if fp16 else 1.0)  # None adapts it
+        optimizer.zero_grad()
         step += 1
+        # ----------------------------------------------------------------------------------------------------
 
-        # ---- a line of log.jsonl, over all ranks: for it the GPU is waited for ----
-        if step % max(1, min(50, last // 500)) == 0 or step % per_epoch == 0 or step == last:
-            row = (sigma.all_reduce(torch.stack(rows).mean(dim=0)) / world()).tolist()  # the one wait
-            before, taken = taken, int(next(iter(optimizer.state.values()))["step"])
-            moved, seconds = step if taken > before else moved, time.monotonic() - since
-            log.line(step, per_epoch, last, bad, lr=group["lr"], **dict(zip(["loss", *stats], row)),
-                     clips_per_second=(step - logged) * args.clips_a_step / seconds,
-                     data_wait=waited / seconds, skipped=step - taken, loss_scale=scaler.get_scale())
-            if step - moved >= (50 if args.precision == "fp16" else 5):  # fp16 first halves its scale
-                raise Stop(f"{step - moved} steps in a row are not finite; checkpoint.pt is good: go on with "
-                           "another --precision, or anew with a lower --lr in another --out", code=1)
-            bar.update(step - logged)
-            logged, since, waited = step, None, 0.0
+        # log a line: the only place where the loop waits for the GPU, as it reads numbers
+        epoch_done = step % steps_per_epoch == 0 or step == last_step
+        if not epoch_done and step % line_every:
+            continue
+        means = sigma.all_reduce(torch.stack(rows).mean(0)) / world()
+        means = dict(zip(stats, means.tolist()))
+        # AdamW's own count of steps, in which those left out are missing, is the same for all parameters.
+        steps_taken = int(next(iter(optimizer.state.values()))["step"])
+        if epoch_done:
+            log.share_unreadable(process, step, unreadable)
+        seconds = time.monotonic() - began
+        log.write(step=step, epoch=(step - 1) // steps_per_epoch, **means, lr=peak_lr * share,
+                  grad_norm=grad_norm.item(), skipped=step - steps_taken, loss_scale=scaler.get_scale(),
+                  data_wait=waited / seconds,
+                  clips_per_second=(step - logged_step) * clips_per_step / seconds,
+                  peak_gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30,
+                  unreadable_videos=len(log.unreadable))
+        tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, len(train_set))
+        in_a_row = not_finite.item()
+        if in_a_row >= (50 if fp16 else 5):  # fp16 first has to halve its scale
+            raise Stop(f"{in_a_row} steps in a row are not finite; checkpoint.pt is good: go on with another "
+                       "--precision, or anew with a lower --lr in another --out", code=1)
+        bar.update(step - logged_step)
+        began = time.monotonic()
+        waited = 0.0
+        logged_step = step
+    bar.close()
 
 
-def share_of_peak(args, step, per_epoch):
-    """The learning rate's share of its peak: linear warm-up, then half a cosine to --min-lr."""
-    total, warmup, floor = args.epochs * per_epoch, args.warmup_epochs * per_epoch, args.min_lr / args.lr
+def every(interval, step):
+    """Whether it is the turn of what comes every so many steps; 0: never."""
+    return interval > 0 and step % interval == 0
+
+
+def share_of_peak(args, step, steps_per_epoch):
+    """The learning rate's share of its peak: linear warm-up, then half a cosine down to --min-lr."""
+    warmup = args.warmup_epochs * steps_per_epoch
     if step < warmup:  # while AdamW's averages are young
         return step / warmup
-    done = min(1, (step - warmup) / max(1, total - warmup))  # 0 to 1
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, args.epochs * steps_per_epoch - warmup)  # 0 to 1
+    floor = args.min_lr / args.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
 
 
-def parameter_groups(model):
-    """AdamW's groups as the release: no weight decay on biases, norms and the mask token."""
-    groups = {0.05: [], 0.0: []}  # by weight decay
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith("mask_token")
-        groups[0.05 if decays else 0.0] += [parameter] if parameter.requires_grad else []
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
-
-
-def wrapped(args, model):
-    """The model as training calls it: compiled and over all ranks, where asked."""
+def over_processes(args, model):
+    """The model as training calls it: with --compile compiled, and with several processes one whose
+    gradients are averaged over them."""
     if args.compile:
-        for block in model.modules():  # block by block: quick, and DDP's overlap stays
-            if isinstance(block, sigma.Block):
-                block.compile()
-        model.loss_fn = torch.compile(model.loss_fn)
+        # Block by block: that is quick, and DDP can average gradients while others are computed. DINO's
+        # blocks are more than half of the work, and no modules of the model.
+        torch._dynamo.config.cache_size_limit = 64  # in fine-tuning each block has a rate of its own
+        teacher = getattr(model, "teacher", nn.Module())
+        for module in (*model.modules(), *teacher.modules()):
+            if isinstance(module, sigma.Block):
+                module.compile(dynamic=False)
+        model.loss_fn = torch.compile(model.loss_fn, dynamic=False)
     if world() == 1:
         return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # only from torch 2.15 on
-    # No device_ids: the mask is counted on the CPU, for nothing waits for the GPU.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # from torch 2.15 on
+    # Without device_ids, which would move the mask to the GPU: it is counted on the CPU, so that nothing
+    # waits.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ============ pretraining ============
-def pretrain(args):
-    """The paper's training: features of hidden tubes, predicted from the visible ones."""
+# What the paper trains: the model, its parameter groups, its clips and masks, and what is looked at
+# meanwhile.
+
+def pretrain(args, process, weights):
+    """Trains SIGMA on --data, from random weights or those of --init."""
     train_videos, val_videos = open_data(args)
     torch.manual_seed(args.seed)
     with agreed():
-        model, hide = make_model(args)
+        model = make_model(args)
+        if weights is not None:
+            start_from(model, weights)
     load_teacher(args, model)
-    model.to(args.device)
-    # Masks are drawn with their clips, the same in a resumed run.
-    train_set = open_clips(args, train_videos, True, args.repeats, mask=partial(hide, args.repeats))
-    shown_set = open_clips(args, val_videos or train_videos, mask=partial(hide, 1))  # for pictures
-    say(f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {args.videos} videos; {args.about}")
+    model.to(process.device)
+    # Masks are drawn with their clips, by the workers, and so are the same in a resumed run.
+    train_set = open_clips(args, train_videos, train=True, repeats=args.repeats,
+                           mask=mask_drawer(args, model, args.repeats))
+    shown_set = open_clips(args, val_videos or train_videos, mask=mask_drawer(args, model, 1))
+    say(f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {len(train_videos)} videos; "
+        f"{process.about}")
 
-    def objective(model, video, batch, step):
-        return model(video, batch["mask"])  # the mask stays on the CPU
+    def objective(trained, video, batch, step):
+        return trained(video, batch["mask"])  # the mask stays on the CPU
 
     def evaluate(log, step):
-        # Pictures first: k-NN's line says that this evaluation is done.
-        for draw in (preview, prototype_sheet) if step else ():
-            with suppress(Stop):  # none of the few videos can be read
-                draw(args, model, shown_set)
+        # Pictures come first: k-NN's line in the log says that this evaluation is done.
+        if step > 0:
+            with suppress(Stop):  # none of the few videos that are shown can be read
+                preview(args.out, process, model, shown_set)
+                prototype_sheet(args.out, process, model, shown_set)
         if val_videos is not None:
-            queries = bank = features(args, model, val_videos)
-            if train_videos.labels.min() >= 0:  # else each video of --val is judged by the others
-                bank = features(args, model, train_videos, limit=20_000)
-            log.report("knn", step, top1=knn(*bank, *queries))
-    # betas as MAE's and VideoMAE's
-    fit(args, model, parameter_groups(model), (0.9, 0.95), train_set, objective, evaluate)
+            queries = video_features(args, process, model, val_videos)
+            # Without labels in --data each video of --val is judged by the others.
+            alone = train_videos.labels.min() < 0
+            bank = queries if alone else video_features(args, process, model, train_videos, limit=20_000)
+            log.report("knn", step, top1=knn(*bank, *queries, leave_one_out=alone))
+
+    fit(args, process, model, parameter_groups(model, betas=(0.9, 0.95)), train_set,
+        {"args": curve_of(args, train_videos, weights, RECIPE + METHOD)}, objective, evaluate)
 
 
 def make_model(args):
-    """SIGMA as flags say, and its tube_mask(batch). Raises ValueError."""
-    names = "assignment", "teacher", "frames", "image_size", "recompute"
-    flags = {name: getattr(args, name) for name in names}
-    model = SIGMA(args.size, args.target, args.loss, args.prototypes, args.eps, **flags)
-    steps, patches = model.grid[0], model.grid[1] * model.grid[2]  # in tubes
+    """The SIGMA of the flags. Raises ValueError."""
+    names = "target loss eps assignment teacher frames image_size recompute".split()
+    model = SIGMA(args.size, num_prototypes=args.prototypes, **{name: getattr(args, name) for name in names})
+    patches = model.num_tubes // model.grid[0]  # of one step in time
     if not 0 < int(args.mask_ratio * patches) < patches:
         raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} tubes")
-    return model, partial(sigma.tube_mask, steps=steps, patches=patches, ratio=args.mask_ratio)
+    return model
 
 
-def open_clips(args, videos, train=False, *more, **named):
-    """Clips as the flags say: for training drawn anew each epoch, else the middle."""
-    return data.Clips(videos, args.frames, args.stride, args.image_size, args.seed, train, *more, **named)
+def mask_drawer(args, model, batch):
+    """A function that draws masks for `batch` clips: bool [batch, tubes], True where hidden."""
+    steps = model.grid[0]
+    return partial(sigma.tube_mask, batch, steps, model.num_tubes // steps, args.mask_ratio)
 
 
-# ============ log and checkpoints ============
-# What decides the loss curve, and so must stay where a run resumes.
-CURVE = ("size", "target", "teacher", "loss", "assignment", "prototypes", "eps", "epochs", "warmup_epochs",
-         "global_batch", "accumulate", "repeats", "lr", "min_lr", "frames", "stride", "image_size",
-         "mask_ratio", "seed", "videos", "finetune")
-NEWS = {"loss": "loss {:.3f}", "agreement": "agreement {:.2f}", "perplexity": "perplexity {:.1f}",
-        "spread": "spread {:.2f}", "clips_per_second": "{:.1f} clips/s",
-        "data_wait": "waiting for data {:.0%}"}  # of an epoch
+def open_clips(args, videos, train=False, **named):
+    """Clips as the flags say: for training drawn anew in each epoch, else from the middle of each video."""
+    return data.Clips(videos, args.frames, args.stride, args.image_size, args.seed, train, **named)
 
 
-def save_checkpoint(args, log, parts, per_epoch, step, name="checkpoint.pt"):
-    """Whether rank 0 has written it; the log first, which so has every line up to there."""
-    content = {"step": step, "epoch": step // per_epoch, "args": args.curve,
-               **{name: part.state_dict() for name, part in parts.items()}}
-    return rank() == 0 and log.save() and replace_file(args.out / name, partial(torch.save, content))
-
-
-def resume(args, parts):
-    """Loads what lies in --out into `parts` (model, optimizer, scaler). Returns step and log."""
-    path, step, args.curve = args.out / "checkpoint.pt", 0, {name: getattr(args, name) for name in CURVE}
+def open_data(args, labels=False):
+    """The videos of --data and of --val, None where it is not given. labels: both must have them."""
     with agreed():
-        try:
-            if path.exists():
-                checkpoint = load_checkpoint(path)
-                theirs, step = checkpoint["args"], checkpoint["step"]  # args: then's CURVE
-                changed = [f"{name} was {theirs.get(name)}, is {value}" for name, value in args.curve.items()
-                           if theirs.get(name) != value]
-                if changed:
-                    raise ValueError(f"{path} is another run's ({'; '.join(changed)}): use another --out")
-                for name, part in parts.items():
-                    # Scale 1 is another precision's: in fp16 small gradients would become 0.
-                    if name != "scaler" or checkpoint[name].get("scale", 1) > 1:
-                        part.load_state_dict(checkpoint[name])
-                say(f"resuming {args.out} at step {step}")
-            log = Log(args, step)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
-    if over_ranks(step) != -over_ranks(-step):  # the highest and the lowest
-        raise Stop(f"different checkpoints in {args.out}: machines must see one folder")
-    return step, log
+        train = data.find_videos(args.data)
+        val = None
+        if args.val is not None:
+            val = data.find_videos(args.val, train.classes)  # a class has one number in both
+        if labels and val is None:
+            raise ValueError("--val is missing: the labelled videos to test on")
+        if labels and train.labels.min() < 0:
+            raise ValueError("--data has no labels: it needs class folders, or a list with labels")
+        if val is not None and val.labels.min() < 0:
+            raise ValueError("--val has no labels: it needs class folders, or a list with labels")
+    return train, val
 
 
-class Log:
-    """log.jsonl, on rank 0. Written as a whole each time: no line is torn or doubled,
-    and what a full disk kept out the next write has.
-    Where a run resumes, lines after `step` are dropped: they come again."""
-    def __init__(self, args, step=math.inf):
-        self.args, self.path, self.records = args, args.out / "log.jsonl", []
-        self.told, self.warned = time.monotonic(), False  # people, last; of a collapse
-        if rank() == 0 and self.path.exists():
-            with suppress(ValueError, TypeError, AttributeError):  # another program's
-                records = [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
-                self.records = [r for r in records if step and r.get("step", r.get("at_step")) <= step]
-            if not self.records:
-                say(f"{self.path} is of no use here, and kept as log-….jsonl")
-                os.replace(self.path, self.path.with_name(f"log-{int(time.time())}.jsonl"))
-        self.text = "".join(json.dumps(record) + "\n" for record in self.records)
-        self.save = partial(replace_file, self.path, lambda file: file.write(self.text.encode()))
+def parameter_groups(model, betas):
+    """AdamW's groups as in the release: weight decay 0.05, but none on biases, norms and the mask token."""
+    decayed = []
+    plain = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim > 1 and not name.endswith("mask_token"):
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    return [{"params": decayed, "weight_decay": 0.05, "betas": betas},
+            {"params": plain, "weight_decay": 0.0, "betas": betas}]
 
-    def write(self, **record):
-        """A line, in which NaN and infinity, no JSON, become null."""
-        if rank() == 0:
-            self.records.append({name: None if isinstance(value, float) and not math.isfinite(value)
-                                 else value for name, value in record.items()})
-            self.text += json.dumps(self.records[-1]) + "\n"
-            self.save()
 
-    def report(self, kind, step, **found):
-        """An evaluation's line, also for people."""
-        self.write(eval=kind, step=step, **{name: round(value, 2) for name, value in found.items()})
-        say(f"{kind} at step {step}: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}")
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
+DINO_NAMES = {"vits16": "deitsmall16", "vitb16": "vitbase16"}
 
-    def line(self, step, per_epoch, last, bad, **stats):
-        """A step's line; for people an epoch's news (each minute's, where there is no terminal),
-        and what cannot be read. `bad` becomes that of all ranks."""
-        say_unreadable(bad)
-        known = {record["unreadable"] for record in self.records if "unreadable" in record}
-        for path in bad.keys() - known if rank() == 0 else ():
-            self.write(at_step=step, unreadable=path, reason=bad[path])
-        args, epoch, unreadable = self.args, (step - 1) // per_epoch, len(known | bad.keys())
-        self.write(step=step, epoch=epoch, **stats, unreadable_videos=unreadable)
-        late = not sys.stderr.isatty() and time.monotonic() > self.told + 60
-        if rank() or not (late or step % per_epoch == 0 or step == last):
-            return
-        records = [record for record in self.records if record.get("epoch") == epoch]
-        mean = {name: np.mean([r[name] for r in records if r[name] is not None] or [math.nan])
-                for name in NEWS if name in stats}
-        left = (last - step) * args.clips_a_step / max(0.01, mean["clips_per_second"])
-        say("  ".join([f"epoch {step / per_epoch:.4g}/{args.epochs}",
-                       *(NEWS[name].format(value) for name, value in mean.items()),
-                       f"ETA {tqdm.format_interval(left)}",
-                       *([f"{unreadable} of {args.videos} videos unreadable"] if unreadable else [])]))
-        warm = step > args.warmup_epochs * per_epoch  # before, features may well be alike
-        if warm and mean.get("spread", 1) < 0.05 and not self.warned:
-            self.warned = True
-            say("warning: a spread under 0.05: φ's features are nearly alike. If that stays, the run has "
-                "collapsed, whatever its loss: lower --lr, raise --batch-size, try fewer --prototypes")
-        self.told = time.monotonic()
-        plot(self.records, args.out / "curve.png")
+
+def load_teacher(args, model):
+    """DINO's weights for --target dino. A machine's first process downloads them; the others find them."""
+    if args.target == "dino":
+        with agreed():
+            if rank("LOCAL_RANK") == 0:
+                read_teacher(args, model.teacher)
+        with agreed():
+            read_teacher(args, model.teacher)
+
+
+def read_teacher(args, teacher):
+    """Fills DINO's network from --dino-weights or its public file. Raises ValueError."""
+    url = DINO_URL.format(DINO_NAMES[args.teacher])
+    try:
+        if args.dino_weights is None:
+            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        else:
+            weights = load_checkpoint(args.dino_weights)
+        teacher.load_state_dict(weights)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} ({error!r:.150}): "
+                         f"fetch {url} and name it with --dino-weights") from None
+
+
+def start_from(model, weights):
+    """--init: loads whatever has a name and shape that fits, and says what starts anew.
+
+    Raises ValueError where the encoder does not fit."""
+    left = load_weights(model, weights, ("decoder", "encoder_to_decoder", "mask_token", "head", "prototypes"))
+    words = {"head": "projection network", "decoder.head": "decoder head"}
+    taken = set()
+    anew = set()
+    for name in model.state_dict():
+        part = re.match(r"decoder\.head|\w+", name)[0]
+        parts = anew if name in left else taken
+        parts.add(words.get(part, part))
+    say(f"{weights.path}: taken are {', '.join(sorted(taken))}; "
+        f"anew start {', '.join(sorted(anew)) or 'none'}")
+
+
+# ============ checkpoints ============
+# checkpoint.pt is the newest state of a run and what a resumed run starts from. It appears whole or not at
+# all, and says what decided the loss curve, so that no other run goes on in its folder.
+
+RECIPE = "size epochs warmup_epochs accumulate repeats lr min_lr frames stride image_size seed".split()
+METHOD = "target teacher loss assignment prototypes eps mask_ratio".split()  # of pretraining alone
+
+
+def curve_of(args, videos, weights, names):
+    """Whatever decides the loss curve: flags, videos and labels, the weights it began with.
+
+    Videos are known by their names in the folder or list, weights by their numbers: both can be moved."""
+    curve = {name: getattr(args, name) for name in names}
+    curve["global_batch"] = args.batch_size * world()  # clips that Sinkhorn balances
+    curve["videos"] = len(videos)
+    curve["names_and_labels"] = digest_of(videos.names, videos.ends, videos.labels)
+    curve["initial_weights"] = None
+    if weights is not None:
+        curve["initial_weights"] = weights.digest
+    return curve
+
+
+def digest_of(*tensors):
+    """A short text that differs where any of the tensors does."""
+    known = hashlib.sha256()
+    for tensor in tensors:
+        known.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
+
+
+def check_curve(args, path, saved, curve):
+    """ValueError where the run of a checkpoint had another loss curve than this one would have."""
+    if args.mode == "pretrain":
+        saved.setdefault("initial_weights", None)  # before --init every run began with random weights
+    changed = [f"{name} was {saved[name]}, is {value}" for name, value in curve.items()
+               if saved.get(name, value) != value]
+    if changed:
+        raise ValueError(f"{path} is another run's ({'; '.join(changed)}): use another --out")
+    for name in curve.keys() - saved:
+        say(f"{path} is older and does not say {name}: taken to be the same")
+
+
+def save_checkpoint(out, log, parts, notes, step, epoch, name="checkpoint.pt"):
+    """Whether rank 0 has written it. The log's lines come first, so that a checkpoint's steps never lack
+    them."""
+    if rank() > 0 or not log.flush(to_disk=True):
+        return False
+    content = {"step": step, "epoch": epoch, **notes}
+    for part_name, part in parts.items():
+        content[part_name] = part.state_dict()
+    return replace_file(out / name, partial(torch.save, content))
 
 
 def replace_file(path, write):
-    """Writes a file by write(open file), atomically: also after a kill it is the old or the new one.
-    Returns True; where it cannot be written, after a warning, False."""
+    """Writes a file by write(open file) so that, also after a kill, it is the old one or the new one.
+
+    Returns whether it could be written; where not, it says why."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # before the name points there
+            os.fsync(file.fileno())  # on the disk before the name points there
         os.replace(part, path)
         return True
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         say(f"warning: {path} could not be written ({error!r:.150}); the old one stays")
         with suppress(OSError):
             part.unlink()  # room for others
         return False
 
 
-# ============ processes and devices ============
-class Stop(Exception):
-    """Ends the program in one line: a user's mistake (code 2), or a run that cannot go on (1).
-    Without a message, where another process says why."""
-    def __init__(self, message=None, code=2):
-        self.message, self.code = message, code
-
-
-def rank(kind="RANK"):
-    """This process's number; LOCAL_RANK: on this machine."""
-    return int(os.environ.get(kind, 0))
-
-
-def world(kind="WORLD_SIZE"):
-    """Their number; LOCAL_WORLD_SIZE: on this machine."""
-    return int(os.environ.get(kind, 1))
-
-
-def over_ranks(value, op="MAX"):
-    """A number of every rank's own -> one for all.
-    On the hosts: no GPU is waited for. Also a barrier."""
-    return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), op).item()
-
-
-@contextmanager
-def agreed():
-    """Around what reads users' words and files: trouble in one ends all."""
-    trouble = None
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        trouble = Stop(str(error))
-    if over_ranks(float(trouble is not None)):
-        raise trouble or Stop()  # silent where another has the trouble
-
-
-def say(message):
-    """Prints above the bar, once for all ranks."""
-    if rank() == 0:
-        with suppress(OSError):  # full disks, closed pipes
-            tqdm.write(message)
-
-
-def say_unreadable(bad, said=set()):
-    """Names files once.
-    bad: path -> reason, of the videos that this rank has read; becomes that of all ranks."""
-    everyone = [bad] * world()
-    if world() > 1:
-        dist.all_gather_object(everyone, bad)
-    for other in everyone:
-        bad.update(other)
-    for path in sorted(bad.keys() - said):
-        said.add(path)
-        say(f"unreadable: {path}: {bad[path]}")
-
-
-def start_processes(args):
-    """Joins torchrun's process group, picks device and precision:
-    what all modes share."""
-    args.cuda, args.stop = torch.cuda.is_available(), 0  # stop: the signal that came, in training
-    args.device, auto, here = torch.device("cpu"), "fp32", world("LOCAL_WORLD_SIZE")
-    if args.cuda:
-        if here > torch.cuda.device_count():
-            raise Stop(f"{here} processes, {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        args.device = torch.device("cuda", rank("LOCAL_RANK"))
-        torch.cuda.set_device(args.device)
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
-        auto = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # from Ampere on
-    else:
-        # glibc takes fresh pages for every large tensor, which the kernel fills with zeros.
-        # To keep them (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD) is quicker.
-        with suppress(OSError, AttributeError, TypeError):  # no glibc
-            for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
-                ctypes.CDLL(None).mallopt(option, value)
-    args.precision = args.precision.replace("auto", auto)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
-    args.autocast = partial(torch.autocast, args.device.type, dtype, enabled=dtype != torch.float32)
-    if args.workers is None:
-        args.workers = min(16, max(1, data.CORES // here)) if args.cuda else 1
-    if world() > 1:  # gloo for what stays on the hosts
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.cuda else "gloo")
-    args.global_batch = args.batch_size * world()  # clips that Sinkhorn balances
-    args.clips_a_step = args.global_batch * args.accumulate  # what the learning rate follows
-    where = torch.cuda.get_device_name() if args.cuda else f"{torch.get_num_threads()} CPU threads"
-    args.about = f"{world()} x {args.batch_size} clips of {args.frames} frames, {args.precision} on {where}"
-
-
-def take_folder(args):
-    """Makes --out and locks it against a second run,
-    by the kernel's lock, which ends with this process.
-    Writes the demo's videos there, or finds them beside the checkpoint."""
+def resume(args, parts, curve):
+    """Loads the checkpoint in --out, if there is one, into the parts. -> the step it was saved at, the
+    log."""
+    path = args.out / "checkpoint.pt"
+    step = 0
     with agreed():
-        args.out.mkdir(parents=True, exist_ok=True)
-        args.lock = open(args.out / ".lock", "a")
         try:
-            import fcntl
-            if rank() == 0:
-                fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to --out {args.out}: name another") from None
-        except (OSError, ImportError):  # file systems without locks, Windows: a second run goes unnoticed
-            pass
-    say(f"results in {args.out}, {args.workers} workers")
-    if args.demo:
-        videos = Path(args.checkpoint or args.out / "none").parent / "videos"
-        videos = videos if videos.is_dir() else args.out / "videos"
-        with agreed():
-            if rank() == 0:
-                data.write_demo(videos)
-        args.data, args.val = videos / ("davis" if args.segment else "train"), args.val or videos / "val"
+            if path.exists():
+                checkpoint = load_checkpoint(path)
+                check_curve(args, path, checkpoint["args"], curve)
+                for name, part in parts.items():
+                    # A scale of 1 is another precision's: with it small fp16 gradients would become 0.
+                    if name != "scaler" or checkpoint[name].get("scale", 1) > 1:
+                        part.load_state_dict(checkpoint[name])
+                step = checkpoint["step"]
+                say(f"resuming {args.out} at step {step}")
+            log = Log(args.out, step or -1)  # without a checkpoint no line of a log is this run's
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
+    if len(set(gather(step))) > 1:
+        raise Stop(f"different checkpoints in {args.out}: machines must see one folder")
+    return step, log
 
 
-# ============ each video once, over all ranks ============
-def open_data(args, labels=False):
-    """The videos of --data and of --val (None if not given; an error where labels are needed)."""
-    with agreed():
-        train = data.find_videos(args.data)
-        val = data.find_videos(args.val, train.classes) if args.val else None  # one number for a class
-        if labels and val is None:
-            raise ValueError("--val is missing: the labelled videos to test on")
-        for flag, videos in (("--data", labels and train), ("--val", val)):
-            if videos and videos.labels.min() < 0:
-                raise ValueError(f"{flag} has no labels: it needs class folders, or a list with labels")
-    args.videos = len(train)  # of a training epoch
-    return train, val
+# ============ log ============
+# log.jsonl holds a JSON object a line, and rank 0 writes it: what the run is, a line for logged steps,
+# evaluations, files that cannot be read. Lines are appended. Those that a full disk refuses wait in memory.
+
+class Log:
+    """The lines of log.jsonl, up to a step: where a run resumes, later ones are cut off, as they come again.
+
+    On other ranks than 0 it has no records."""
+    def __init__(self, out, step=math.inf):
+        self.path = out / "log.jsonl"
+        self.records = []
+        self.waiting = b""  # lines that are not in the file yet
+        self.length = 0  # bytes of the file that are whole lines
+        if rank() == 0 and self.path.exists():
+            self.read(step)
+        self.unreadable = {record["unreadable"] for record in self.records if "unreadable" in record}
+        self.told = time.monotonic()  # when people last had news
+        self.warned = False  # of a collapse
+
+    def read(self, step):
+        """Takes the file's lines up to a step. A file without any is kept under another name."""
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
+        with suppress(ValueError, TypeError, KeyError):  # another program's
+            records = [json.loads(line) for line in lines]
+            self.records = [record for record in records if step_of(record) <= step]
+        self.length = sum(len(line) + 1 for line in lines[:len(self.records)])
+        if not self.records:
+            kept = self.path.with_name(f"log-{int(time.time())}.jsonl")
+            say(f"{self.path} is of no use here, and kept as {kept.name}")
+            os.replace(self.path, kept)
+
+    def write(self, **record):
+        """Appends a line, in which NaN and infinity, which JSON lacks, are null."""
+        if rank() > 0:
+            return
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None
+        self.records.append(record)
+        line = json.dumps(record, default=str)
+        self.waiting += f"{line}\n".encode()
+        self.flush()
+
+    def flush(self, to_disk=False):
+        """Appends the waiting lines to the file. Returns whether it has them all; to_disk: safely."""
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() > self.length:
+                    file.truncate(self.length)  # half a line, or lines that come again
+                file.write(self.waiting)
+                file.flush()
+                if to_disk:
+                    os.fsync(file.fileno())
+                self.length = file.tell()
+        except OSError as error:
+            say(f"warning: {self.path} could not be written ({error}); its lines wait for room")
+            return False
+        self.waiting = b""
+        return True
+
+    def report(self, kind, step, **found):
+        """The line of an evaluation, also for people."""
+        self.write(eval=kind, step=step, **found)
+        said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        say(f"{kind} at step {step}: {said}")
+
+    def share_unreadable(self, process, step, reasons):
+        """Exchanges {path: reason} of files that could not be read with the other ranks, and empties it.
+
+        Each new file gets a line. They go over the ranks once an epoch, and only those that are new."""
+        fresh = {path: reason for path, reason in reasons.items() if path not in self.unreadable}
+        reasons.clear()
+        for others in gather(fresh):
+            name_unreadable(process, others)
+            for path in sorted(others.keys() - self.unreadable):
+                self.write(at_step=step, unreadable=path, reason=others[path])
+            self.unreadable.update(others)
 
 
-@torch.no_grad()
-def each_once(args, model, dataset, compute, batch_size, chosen=None):
-    """Runs compute(normalised video [B, …], batch) -> tensors [videos, …]
-    over a data set, shared by all ranks.
+def step_of(record):
+    """The step that a line of the log belongs to; a run's first line belongs to the first step that
+    follows."""
+    if "run" in record:
+        return record["run"]["from_step"] + 1
+    return record.get("step", record.get("at_step"))
 
-    Returns these tensors for all videos (or the `chosen` numbers) that can be read, in their order
-    whatever the number of processes, and last their numbers. Raises Stop where there are none."""
-    chosen, parts, bad = chosen or range(len(dataset)), [], {}  # parts: [batch][tensor]
-    mine = DistributedSampler(chosen, world(), rank(), shuffle=False)  # where it must, gives some twice
-    batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
-    loader = data.load(dataset, batches, min(args.workers, len(batches)), args.cuda)
-    loader = data.batches_to_device(loader, args.device)
+
+# What people are told of an epoch, and how.
+NEWS = {"loss": "loss {:.3f}", "agreement": "agreement {:.2f}", "perplexity": "perplexity {:.1f}",
+        "spread": "spread {:.2f}", "clips_per_second": "{:.1f} clips/s",
+        "data_wait": "waiting for data {:.0%}"}
+
+
+def tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, videos):
+    """Tells people of an epoch when it ends, and each minute where no terminal shows a bar."""
+    epoch_done = step % steps_per_epoch == 0 or step == last_step
+    minute_passed = not sys.stderr.isatty() and time.monotonic() > log.told + 60
+    if rank() > 0 or not (epoch_done or minute_passed):
+        return
+    log.told = time.monotonic()
+    words = [f"epoch {step / steps_per_epoch:.4g}/{args.epochs}"]
+    means = {}
+    for name, wording in NEWS.items():
+        numbers = [record[name] for record in log.records if record.get(name) is not None
+                   and record.get("epoch") == (step - 1) // steps_per_epoch]
+        if numbers:
+            means[name] = np.mean(numbers)
+            words.append(wording.format(means[name]))
+    seconds_left = (last_step - step) * clips_per_step / means["clips_per_second"]
+    words.append(f"ETA {tqdm.format_interval(seconds_left)}")
+    if log.unreadable:
+        words.append(f"{len(log.unreadable)} of {videos} videos unreadable")
+    say("  ".join(words))
+    warmed_up = step > args.warmup_epochs * steps_per_epoch  # before that features may well be alike
+    if warmed_up and means.get("spread", 1) < 0.05 and not log.warned:
+        log.warned = True
+        say("warning: a spread under 0.05: φ's features are nearly alike. If that stays, the run has "
+            "collapsed, whatever its loss: lower --lr, raise --batch-size, try fewer --prototypes")
+    plot_curves(log.records, args.out / "curve.png")
+
+
+# ============ every video once, over all ranks ============
+# What evaluations and pictures are made with.
+
+def each_once(process, model, dataset, compute, batch_size, chosen=None):
+    """Runs compute(normalised video [B, …], batch) -> list of tensors [videos, …] over a data set.
+
+    Returns these tensors on the CPU, for all videos (or the `chosen` numbers) that can be read, in their
+    order whatever the number of processes, and last the videos' numbers. Raises Stop where none can be
+    read."""
+    chosen = chosen or range(len(dataset))
+    # Every rank takes its share. Where they do not divide evenly, the sampler gives some videos twice.
+    mine = DistributedSampler(chosen, world(), rank(), shuffle=False)
+    key_batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
+    # In training this is a second pool of workers beside the first, so it holds fewer batches in /dev/shm.
+    loader = data.load(dataset, key_batches, min(process.workers, len(key_batches)), process.cuda, prefetch=1)
+    loader = data.batches_to_device(loader, process.device)
+    results = []
+    unreadable = {}
     model.eval()
-    for batch in tqdm(loader, "evaluating", len(batches), leave=False, disable=rank() > 0 or None):
-        with args.autocast():
-            found = compute(data.normalize(batch["video"]), batch)
-        index = batch["index"][::len(batch["index"]) // len(found[0])]  # once for all its views
-        parts.append([part.to(args.device) for part in (*found, index)])
-        bad.update(batch["bad"])
-        if args.stop:  # while training, which has saved, waits for this
-            raise SystemExit(128 + args.stop)
+    # Without compiled code: the shapes here are not those of training, and each would be compiled anew.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in tqdm(loader, "evaluating", len(key_batches), leave=False, disable=rank() > 0 or None):
+            with process.autocast():
+                found = compute(data.normalize(batch["video"]), batch)
+            views = len(batch["index"]) // len(found[0])
+            found.append(batch["index"][::views])
+            results.append([tensor.cpu() for tensor in found])
+            unreadable.update(batch["bad"])
+            if process.stop_signal:  # the training loop has saved before it evaluates
+                raise SystemExit(128 + process.stop_signal)
     model.train()
-    say_unreadable(bad)
+    for reasons in gather(unreadable):
+        name_unreadable(process, reasons)
     gathered = []
-    for own in map(torch.cat, zip(*parts)):
-        everyone = [torch.empty_like(own) for _ in range(world())]
-        dist.all_gather(everyone, own) if world() > 1 else everyone[0].copy_(own)
-        gathered.append(torch.stack(everyone, dim=1).flatten(0, 1)[:len(chosen)])  # in the videos' order
-    read = gathered[-1] >= 0  # a number where a file could be read
+    for parts in zip(*results):
+        everyone = gather(torch.cat(parts))  # rank r has videos r, r + world, r + 2 world, …
+        gathered.append(torch.stack(everyone, 1).flatten(0, 1)[:len(chosen)])
+    read = gathered[-1] >= 0  # an unreadable video's number is -1
     if not read.any():
         raise Stop(f"none of the {len(read)} videos to evaluate can be read", code=1)
-    return [part[read] for part in gathered]
+    return [tensor[read] for tensor in gathered]
 
 
 def evenly(total, count):
@@ -505,628 +944,685 @@ def evenly(total, count):
     return torch.linspace(0, total - 1, min(count, total)).long().unique().tolist()
 
 
-def features(args, model, videos, limit=None):
-    """Mean-pooled encoder tokens [n, D] and labels [n] of the readable videos' centre clips."""
+# ============ k-NN ============
+# The measure of progress in pretraining: a video gets the class of the videos whose features are most like
+# its own.
+
+def video_features(args, process, model, videos, limit=None):
+    """Mean-pooled encoder tokens [n, D] and labels [n] of the middle clips of the videos that can be read."""
     def pooled(video, batch):
-        return [model.features(video).float().mean(dim=1)]  # [B, D]
+        return [model.features(video).float().mean(1)]  # [B, D]
     chosen = evenly(len(videos), limit or len(videos))
-    rows, index = each_once(args, model, open_clips(args, videos), pooled, args.batch_size, chosen)
-    return rows, videos.labels.to(index.device)[index]
+    rows, index = each_once(process, model, open_clips(args, videos), pooled, args.batch_size, chosen)
+    return rows.to(process.device), videos.labels[index].to(process.device)
 
 
-def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Top-1 in percent of DINO's k-nearest-neighbour vote, weighted exp(cosine similarity / 0.07).
-    Queries that are the bank itself are judged each by the others. Every rank takes its share."""
-    alone, right, classes = queries is bank, 0, int(max(bank_labels.max(), labels.max())) + 1
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)  # [n, D], [q, D]
-    own = torch.arange(rank(), len(queries), world(), device=bank.device)
-    for rows in own.split(max(1, 2 ** 27 // len(bank))):  # half a gigabyte of similarities at a time
+def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07, leave_one_out=False):
+    """Top-1 in percent of DINO's k-nearest-neighbour vote: neighbours weigh exp(cosine similarity / 0.07).
+
+    bank [n, D], queries [q, D]. leave_one_out: the bank is the queries, and each is judged by the others;
+    NaN for a lone one."""
+    others = len(bank) - int(leave_one_out)
+    if others == 0:
+        return math.nan
+    classes = 1 + int(bank_labels.max())
+    bank = F.normalize(bank)
+    queries = F.normalize(queries)
+    right = 0
+    everyone = torch.arange(len(queries), device=bank.device)
+    for rows in everyone.split(max(1, 2 ** 27 // len(bank))):  # half a gigabyte of similarities at a time
         similarity = queries[rows] @ bank.T  # [rows, n]
-        if alone:
+        if leave_one_out:
             similarity.scatter_(1, rows[:, None], -torch.inf)
-        best, index = similarity.topk(min(k, len(bank) - alone), dim=1)  # [rows, k]
-        votes = best.new_zeros(len(best), classes)  # [rows, classes]
-        votes.scatter_add_(1, bank_labels[index], (best / temperature).exp())
-        right += (votes.argmax(dim=1) == labels[rows]).sum().item()
-    return 100 * over_ranks(right, "SUM") / len(queries)
+        nearest, index = similarity.topk(min(k, others))  # [rows, k]
+        votes = nearest.new_zeros(len(rows), classes)
+        votes.scatter_add_(1, bank_labels[index], (nearest / temperature).exp())
+        right += (votes.argmax(1) == labels[rows]).sum().item()
+    return 100 * right / len(queries)
 
 
 # ============ pictures ============
-def tint(video, labels):
-    """uint8 [n, 3, T, S, S], as grey under the colours of the labels
-    [n, t, h, w] of its tubes or pixels."""
-    # Golden-ratio hues: numbers next to each other differ.
-    hue = 6 * (labels[:, None] * 0.6180339887 % 1) + torch.tensor([0.0, 4.0, 2.0]).view(3, 1, 1, 1)
-    rgb = F.interpolate(((hue % 6 - 3).abs() - 1).clamp(0, 1), size=video.shape[2:], mode="nearest-exact")
-    return (0.35 * video.float().mean(dim=1, keepdim=True) + 0.65 * 255 * rgb).byte()
+# preview.png and .gif show what the model sees and what it makes of it, prototypes.png what the prototypes
+# stand for, curve.png how the numbers of the log move. Nothing else depends on this section.
+
+def preview(out, process, model, clips):
+    """preview.png and .gif: clips; what the encoder sees of them; every tube in the colour of its prototype;
+    the encoder's features as colours, which are alike where the features are."""
+    def look(video, batch):
+        found = [batch["video"], batch["mask"], model.features(video).float()]
+        if model.loss == "sigma":
+            found.append(model.assign(video))
+        return found
+    videos, masks, tokens, *clusters, _ = each_once(process, model, clips, look, 1, evenly(len(clips), 3))
+    if rank() > 0:
+        return
+
+    def enlarge(tubes):
+        """A number or colour for every tube, [n, 1 or 3, N] -> for every pixel."""
+        return F.interpolate(tubes.unflatten(2, model.grid).float(), videos.shape[2:], mode="nearest-exact")
+    hidden = enlarge(masks[:, None]) > 0
+    rows = {"video": videos, "what the\nencoder sees": videos.masked_fill(hidden, 217)}
+    for tubes in clusters:
+        rows["cluster of\nevery tube"] = tint(videos, tubes.unflatten(1, model.grid))
+    rows["features\nas colours"] = enlarge(principal_colours(tokens).transpose(1, 2)).byte()
+    times = evenly(model.frames, 8)
+    still = []
+    for n in range(len(videos)):
+        still += [(caption, pictures[n, :, times].transpose(0, 1)) for caption, pictures in rows.items()]
+    save_pages(out / "preview.png", [still])
+    moving = []
+    for t in range(model.frames):
+        moving.append([(caption, pictures[:, :, t]) for caption, pictures in rows.items()])
+    save_pages(out / "preview.gif", moving)
 
 
-def save_pages(path, *pages, tile=96, margin=120):
-    """Pages of rows, each a caption and uint8 pictures [n, 3, h, w] -> a PNG; of many pages a GIF."""
-    from torchvision.utils import make_grid  # takes a second
+def principal_colours(tokens):
+    """Features [n, N, D] -> their three principal components, over all clips, as colours 0 to 255: [n, N,
+    3]."""
+    x = tokens.flatten(0, 1)
+    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :3]  # columns of length 1
+    deviations = components * len(x) ** 0.5  # of deviation 1; two of them span the colours
+    return (127.5 + 127.5 * deviations / 2).clamp(0, 255).unflatten(0, tokens.shape[:2])
+
+
+def tint(videos, labels):
+    """uint8 [n, 3, T, S, S] as grey under the colours of the labels [n, t, h, w] of its tubes or pixels."""
+    hue = labels[:, None] * 0.618 + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1, 1)  # neighbours differ
+    rgb = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
+    rgb = F.interpolate(rgb, videos.shape[2:], mode="nearest-exact")
+    grey = videos.float().mean(1, keepdim=True)
+    return (0.35 * grey + 0.65 * 255 * rgb).byte()
+
+
+def save_pages(path, pages):
+    """Writes a PNG of one page, or a GIF of many. A page is a list of rows: a caption, uint8 [n, 3, h, w]."""
     sheets = []
     for rows in pages:
-        tiles = [F.interpolate(pictures, (tile, tile), mode="nearest-exact") for _, pictures in rows]
-        grid = F.pad(make_grid(torch.cat(tiles), len(tiles[0]), 4, pad_value=255), (margin, 0), value=255)
-        sheets.append(Image.fromarray(grid.permute(1, 2, 0).numpy()))
-        for row, (caption, _) in enumerate(rows):
-            place = 8, row * (tile + 4) + tile // 2 - 12
-            ImageDraw.Draw(sheets[-1]).text(place, caption, "black", font_size=15)
-    moving = {"save_all": True, "append_images": sheets[1:], "duration": 160, "loop": 0} if sheets[1:] else {}
-    replace_file(path, lambda file: sheets[0].save(file, path.suffix[1:], **moving))
+        sheet = Image.new("RGB", (124 + 100 * len(rows[0][1]), 4 + 100 * len(rows)), "white")
+        for row, (caption, pictures) in enumerate(rows):
+            ImageDraw.Draw(sheet).text((8, 36 + 100 * row), caption, "black", font_size=15)
+            for column, picture in enumerate(pictures):
+                tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((96, 96), Image.NEAREST)
+                sheet.paste(tile, (124 + 100 * column, 4 + 100 * row))
+        sheets.append(sheet)
+    save = partial(sheets[0].save, format=path.suffix[1:])
+    if len(sheets) > 1:
+        save = partial(save, save_all=True, append_images=sheets[1:], duration=160, loop=0)
+    replace_file(path, save)
 
 
-def preview(args, model, clips):
-    """preview.png and .gif: clips, what the encoder sees of them,
-    every tube in the colour of its prototype."""
-    def look(video, batch):
-        return batch["video"], batch["mask"], model.assign(video) if args.loss == "sigma" else batch["mask"]
-    found = each_once(args, model, clips, look, 1, evenly(len(clips), 3))
-    if rank():
-        return
-    videos, masks, tubes, _ = (part.cpu() for part in found)  # [n, 3, T, S, S], [n, N], [n, N]
-    hidden = F.interpolate(masks.view(-1, 1, *model.grid).float(), videos.shape[2:]) > 0
-    rows = [("video", videos), ("what the\nencoder sees", videos.masked_fill(hidden, 217))]
-    if args.loss == "sigma":
-        rows.append(("cluster of\nevery tube", tint(videos, tubes.view(-1, *model.grid))))
-    still = [(caption, video[n, :, evenly(args.frames, 8)].transpose(0, 1))
-             for n in range(len(videos)) for caption, video in rows]
-    save_pages(args.out / "preview.png", still)
-    moving = [[(caption, video[:, :, t]) for caption, video in rows] for t in range(args.frames)]
-    save_pages(args.out / "preview.gif", *moving)
-
-
-def prototype_sheet(args, model, clips, rows=8, columns=8, context=5):
-    """prototypes.png: for the prototypes nearest to most tubes of up to 64 clips,
-    the tubes of different clips that score highest, in full light,
-    among `context` patches a side."""
-    if args.loss != "sigma":
+def prototype_sheet(out, process, model, clips):
+    """prototypes.png: the eight prototypes nearest to most tubes, each with its eight best tubes of 64
+    clips."""
+    if model.loss != "sigma":
         return
 
     def score(video, batch):
-        scores = model.prototype_scores(video).float()  # x̃ [1, N, K]
-        used = torch.bincount(scores[0].argmax(dim=1), minlength=args.prototypes)
-        # Of each clip its best tube alone, or a still one could fill a row.
-        return batch["video"][:, :, ::TUBELET], *scores.max(dim=1), used[None]
-    found = each_once(args, model, clips, score, 1, evenly(len(clips), 64))
-    if rank():
-        return
-    videos, best, tubes, used, _ = (part.cpu() for part in found)  # all but videos: [n, K]
-    used, p, side, sheet = used.sum(dim=0), model.patch, min(context, model.grid[1]), []
-    for k in used.argsort(descending=True)[:min(rows, int((used > 0).sum()))].tolist():
-        cut = []
-        for n in best[:, k].argsort(descending=True)[:columns].tolist():
-            t, y, x = map(int, np.unravel_index(tubes[n, k].item(), model.grid))
-            top, left = (min(max(i - side // 2, 0), model.grid[1] - side) for i in (y, x))  # in patches
-            light = torch.full((side, side), 0.5)
-            light[y - top, x - left] = 1
-            window = videos[n, :, t, top * p:(top + side) * p, left * p:(left + side) * p]
-            cut.append((window * light.repeat_interleave(p, 0).repeat_interleave(p, 1)).byte())
-        sheet.append((f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes", torch.stack(cut)))
-    save_pages(args.out / "prototypes.png", sheet)
+        scores = model.prototype_scores(video)[0].float()  # x̃ [N, K]
+        used = torch.bincount(scores.argmax(1), minlength=scores.shape[1])
+        best = scores.max(0)  # of each clip its best tube alone, or a still clip could fill a row
+        return [batch["video"][:, :, ::TUBELET], best.values[None], best.indices[None], used[None]]
+    videos, best, tubes, used, _ = each_once(process, model, clips, score, 1, evenly(len(clips), 64))
+    used = used.sum(0)  # of [n, K], as are best and tubes
+    page = []
+    for k in used.argsort(descending=True)[:8].tolist():
+        if used[k] > 0:
+            shown = best[:, k].argsort(descending=True)[:8].tolist()
+            cuts = [spotlight(model, videos[n], tubes[n, k].item()) for n in shown]
+            page.append((f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes", torch.stack(cuts)))
+    if rank() == 0:
+        save_pages(out / "prototypes.png", [page])
 
 
-def plot(records, path):
-    """curve.png: a panel for each of these numbers over the steps."""
-    panels, width, height = [], 250, 150
+def spotlight(model, video, tube):
+    """A tube in full light among the two patches around it. video uint8 [3, t, H, W] -> uint8 [3, h, w]."""
+    t, y, x = np.unravel_index(tube, model.grid)
+    patch = model.patch
+    window = F.pad(video[:, t], [2 * patch] * 4)[:, y * patch:(y + 5) * patch, x * patch:(x + 5) * patch]
+    light = F.pad(torch.ones(patch, patch), [2 * patch] * 4, value=0.5)
+    return (window * light).byte()
+
+
+def plot_curves(records, path):
+    """curve.png: a panel over the steps for each of these numbers, with its range."""
+    panels = []
     for name in ("loss", "agreement", "perplexity", "spread", "top1"):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if len(points) > 1:
-            steps, values = (np.array(column, float) for column in zip(*points))
-            x, y = ((axis - axis.min()) / (np.ptp(axis) or 1) for axis in (steps, values))  # 0 to 1
-            panels.append(Image.new("RGB", (width + 20, height + 65), "white"))
-            draw = ImageDraw.Draw(panels[-1])
-            draw.rectangle((10, 45, 10 + width, 45 + height), outline="#bbbbbb")
-            line = np.stack([10 + x * width, 45 + (1 - y) * height], axis=1)
-            draw.line(line.flatten().tolist(), "#1f5fa8", 2)
-            draw.text((10, 6), f"{name}: {values.min():.3g} to {values.max():.3g}\n"
-                      f"step {steps[0]:.0f} to {steps[-1]:.0f}", "black", font_size=14)
+        if len(points) < 2:
+            continue
+        steps, values = np.array(points, float).T
+        x = np.interp(steps, (steps[0], steps[-1]), (10, 260))
+        y = np.interp(values, (values.min(), values.max()), (195, 45))
+        panel = Image.new("RGB", (270, 215), "white")
+        draw = ImageDraw.Draw(panel)
+        draw.rectangle((10, 45, 260, 195), outline="#bbbbbb")
+        draw.line(list(zip(x, y)), "#1f5fa8", 2)
+        draw.text((10, 6), f"{name}: {values.min():.3g} to {values.max():.3g}\n"
+                           f"step {steps[0]:.0f} to {steps[-1]:.0f}", "black", font_size=14)
+        panels.append(panel)
     if panels:
-        sheet = Image.fromarray(np.concatenate([np.asarray(panel) for panel in panels], axis=1))
-        replace_file(path, lambda file: sheet.save(file, "png"))
+        sheet = Image.fromarray(np.concatenate(panels, axis=1))
+        replace_file(path, partial(sheet.save, format="png"))
 
 
-# ============ weights ============
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
-DINO_NAME = {"vits16": "deitsmall16", "vitb16": "vitbase16"}
+# ============================================================================================================
+# ============ pretraining ends here; below, what it has learned is read from checkpoints and tested =========
+# ============================================================================================================
+
+# ============ weights: this project's files, the authors', VideoMAE's, Hugging Face's ============
+# Every mode below, and --init, reads its checkpoint here. All four kinds end up under the released names.
+
+@dataclass
+class Weights:
+    """A checkpoint's tensors, and what it says of itself."""
+    path: str
+    state: dict  # released name -> tensor
+    settings: dict  # flags that are known of it, at least its size
+    step: int  # trained so far
+    digest: str
 
 
-def read_weights(path):
-    """A checkpoint -> its tensors under our names, what they say of the model, its `args` of the clips.
-    Ours, the authors', VideoMAE's: pretrained (the same names) or fine-tuned (no "encoder.").
-    Raises ValueError."""
+def read_weights(path, out=Path("nowhere")):
+    """The Weights of a file, pretrained or fine-tuned. Raises ValueError, OSError.
+
+    A run in `out` that goes on does not need the file that it began with: where that is gone, its own
+    checkpoint takes the place."""
+    digest = None
+    own = out / "checkpoint.pt"
+    if not os.path.exists(path) and own.exists():
+        digest = load_checkpoint(own).get("args", {}).get("initial_weights", "unknown")
+        if digest is not None:  # else the run began with random weights
+            path = own
+    if str(path).endswith(".safetensors"):
+        raise ValueError(f"{path}: safetensors are not read: take the model's pytorch_model.bin")
     content = load_checkpoint(path)
-    inside = [content[key] for key in ("model", "module", "state_dict") if isinstance(content.get(key), dict)]
-    # DDP, torch.compile and larger models prefix names.
-    state = {re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", str(name)): value
-             for name, value in (*inside, content)[0].items() if isinstance(value, torch.Tensor)}
-    if not any(name.startswith("encoder.") for name in state):  # fine-tuned
-        state = {re.sub(r"^(?!head\.|fc_norm\.)", "encoder.", name): value for name, value in state.items()}
-
+    state = released_names(content)
     embedding = state.get("encoder.patch_embed.proj.weight", torch.zeros(0)).shape  # [D, 3, 2, patch, patch]
-    size = [name for name, s in SIZES.items()
-            if embedding == (s["width"], 3, TUBELET, s["patch"], s["patch"])]
-    if not size:
-        raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)} under its authors' names"
-                         + ", but Hugging Face's: take the authors' file" * ("videomae." in " ".join(state)))
-    out, clustered = len(state.get("decoder.head.weight", ())), "prototypes" in state  # out: E
-    pixels = not clustered and out in (0, math.prod(embedding[1:]))  # 0: fine-tuned, without decoder
-    model = {"size": size[0], "loss": "sigma" if clustered else "l2", "step": content.get("step", 0),
-             "prototypes": len(state.get("prototypes", "1")), "teacher": "vits16" if out == 384 else "vitb16",
-             "target": "mlp" if "head.2.weight" in state else "pixel" if pixels else "dino"}
+    sizes = [name for name, size in SIZES.items()
+             if embedding == (size["width"], 3, TUBELET, size["patch"], size["patch"])]
+    if not sizes:
+        raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)} under a known name")
     said = getattr(content.get("args"), "__dict__", content.get("args"))  # the authors' is a Namespace
-    said = said if isinstance(said, dict) else {}  # others' can be anything
-    clip = {ours: said.get(ours, said.get(theirs)) for ours, theirs in (
-        ("frames", "num_frames"), ("stride", "sampling_rate"), ("image_size", "input_size"))}
-    return state, model, {name: value for name, value in clip.items() if isinstance(value, int)}
+    if not isinstance(said, dict):
+        said = {}
+    settings = guess_method(state)
+    if "target" in said and "fc_norm.weight" not in state:  # ours, which says so
+        settings = {name: said[name] for name in METHOD if name in said}
+    settings["size"] = sizes[0]
+    for ours, theirs in (("frames", "num_frames"), ("stride", "sampling_rate"), ("image_size", "input_size")):
+        value = said.get(ours, said.get(theirs))
+        if isinstance(value, int):
+            settings[ours] = value
+    return Weights(path, state, settings, content.get("step", 0), digest or digest_of(*state.values()))
 
 
-def load_weights(module, state, path, free=()):
-    """Loads what `module` has; returns the names left as they were, which all start with one of
-    `free`. ValueError: others are missing or of another shape, or the module lacks a block."""
-    wanted, found = ({name: tuple(value.shape) for name, value in tensors.items()}
-                     for tensors in (module.state_dict(), state))
+def guess_method(state):
+    """The flags of the method that others' tensors were trained with, from their names and shapes."""
+    settings = {"loss": "l2", "target": "pixel"}  # also of what is fine-tuned
+    if "prototypes" in state:
+        settings = {"loss": "sigma", "target": "dino", "prototypes": len(state["prototypes"])}
+    if "head.2.weight" in state:
+        settings["target"] = "mlp"
+    width = len(state.get("decoder.head.weight", ()))  # E
+    if settings["target"] == "pixel" and width == state["encoder.patch_embed.proj.weight"][0].numel():
+        return settings
+    for teacher, sizes in TEACHERS.items():
+        if width == sizes["width"] and settings["target"] != "mlp":
+            settings.update(target="dino", teacher=teacher)
+    return settings
+
+
+def released_names(content):
+    """A checkpoint's content -> its tensors {released name: tensor}."""
+    tensors = content.get("model", content.get("module", content.get("state_dict", content)))
+    state = {}
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor):
+            # DDP, torch.compile and models that contain this one put a prefix before the names.
+            state[re.sub(r"^(module\.|_orig_mod\.|backbone\.)+", "", str(name))] = value
+    if any(".attention.attention." in name for name in state):
+        state = from_hugging_face(state)
+    if not any(name.startswith("encoder.") for name in state):  # VideoMAE's authors' fine-tuned files
+        state = {re.sub(r"^(?!head\.|fc_norm\.)", "encoder.", name): value for name, value in state.items()}
+    return state
+
+
+HUGGING_FACE = {  # parts of the names of transformers' VideoMAE -> parts of the released names
+    r"^videomae\.": "", r"^embeddings\.patch_embeddings\.projection\.": "encoder.patch_embed.proj.",
+    r"^layernorm\.": "encoder.norm.", r"^classifier\.": "head.",
+    r"^encoder\.layer\.": "encoder.blocks.", r"^decoder\.decoder_layers\.": "decoder.blocks.",
+    r"\.layernorm_before\.": ".norm1.", r"\.layernorm_after\.": ".norm2.",
+    r"\.attention\.output\.dense\.": ".attn.proj.", r"\.attention\.attention\.": ".attn.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.", r"\.output\.dense\.": ".mlp.fc2.",
+    # Published files and transformers 4 say q_bias; files that transformers 5 has saved say query.bias.
+    r"\.query\.bias$": ".q_bias", r"\.value\.bias$": ".v_bias"}
+
+
+def from_hugging_face(state):
+    """transformers' VideoMAE, pretrained or fine-tuned -> the same tensors under the released names."""
+    renamed = {}
+    for name, value in state.items():
+        for theirs, ours in HUGGING_FACE.items():
+            name = re.sub(theirs, ours, name)
+        renamed[name] = value
+    for name in [name for name in renamed if name.endswith(".query.weight")]:
+        attention = name.removesuffix("query.weight")
+        three = [renamed.pop(f"{attention}{part}.weight") for part in ("query", "key", "value")]
+        renamed[f"{attention}qkv.weight"] = torch.cat(three)
+        renamed.pop(f"{attention}key.bias", None)  # always 0: softmax would ignore it
+    if len(renamed.get("encoder.patch_embed.proj.weight", ())) == SIZES["small"]["width"]:
+        say("warning: Hugging Face's VideoMAE-small is configured with 16 heads, ours with the authors' 6; "
+            "the file does not say which it was trained with")
+    return renamed
+
+
+def load_weights(module, weights, free=()):
+    """Loads what `module` has. Returns the names that are left as they were.
+
+    ValueError: some of them neither begin with one of `free` nor are missing by nature in such a file, or
+    the file's encoder has a block more."""
+    may_lack = list(free)
+    if not any(name.startswith("decoder.") for name in weights.state):  # an encoder alone
+        may_lack += ["decoder.", "encoder_to_decoder.", "mask_token"]
+    if "fc_norm.weight" in weights.state:  # fine-tuned: the norm comes after the mean
+        may_lack.append("encoder.norm.")
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.state.items()}
     left = [name for name in wanted if wanted[name] != found.get(name)]
     wrong = [f"{name} is {found.get(name, 'missing')} instead of {wanted[name]}" for name in left
-             if not name.startswith(tuple(free))]
+             if not name.startswith(tuple(may_lack))]
     wrong += [f"{name} is unknown" for name in found.keys() - wanted if name.startswith("encoder.blocks.")]
     if wrong:
-        raise ValueError(f"{path} fits only in part: {'; '.join(wrong[:4])}; {len(wrong)} in all")
-    module.load_state_dict({name: state[name] for name in wanted if name not in left}, strict=False)
+        raise ValueError(f"{weights.path} fits only in part: {'; '.join(wrong[:4])}; {len(wrong)} in all")
+    module.load_state_dict({name: weights.state[name] for name in wanted.keys() - left}, strict=False)
+    frames = weights.settings.get("frames", module.frames)
+    image_size = weights.settings.get("image_size", module.image_size)
+    if (frames, image_size) != (module.frames, module.image_size):
+        say(f"warning: {weights.path} was trained on {frames} frames of {image_size} pixels: with "
+            f"{module.frames} of {module.image_size} its tubes get other rows of the position table")
     return left
 
 
-def load_teacher(args, model):
-    """DINO's weights: a machine's first process downloads them, then the others find them."""
-    url, path = DINO_URL.format(DINO_NAME[args.teacher]), args.dino_weights
-    for later in (False, True) if args.target == "dino" else ():
-        with agreed():
-            try:
-                if later == (rank("LOCAL_RANK") > 0):
-                    weights = load_checkpoint(path) if path else torch.hub.load_state_dict_from_url(
-                        url, map_location="cpu", weights_only=True)
-                    model.teacher.load_state_dict(weights)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"{path or url}: no weights of {args.teacher} ({error!r:.150}): fetch {url} "
-                                 "and name it with --dino-weights") from None
-
-
-def open_model(args):
+def open_model(args, process, weights):
     """The SIGMA of a checkpoint, on the device and frozen, and the log."""
     with agreed():
-        (model, _), log = make_model(args), Log(args)
-        # A fine-tuned VideoMAE lacks these, and features do without.
-        free = ("decoder.", "encoder_to_decoder.", "mask_token", "encoder.norm.")
-        load_weights(model, args.weights, args.checkpoint, free if "fc_norm.weight" in args.weights else ())
-    say(f"{args.checkpoint}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
+        model = make_model(args)
+        load_weights(model, weights)
+        log = Log(args.out)
+    say(f"{weights.path}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
         f"pixels, stride {args.stride}")
-    return model.to(args.device).requires_grad_(False), log
+    return model.to(process.device).requires_grad_(False), log
 
 
 # ============ linear probe ============
-def probe(args):
+# How much of what is in a video can be read off frozen features: k-NN again, and one linear layer.
+
+def probe(args, process, weights):
     """k-NN and a linear layer from features of --data to those of --val."""
     train, val = open_data(args, labels=True)
-    model, log = open_model(args)
-    sets = *features(args, model, train), *features(args, model, val)  # features, labels; twice
-    log.report("knn", args.step, top1=knn(*sets), videos=len(sets[2]))
-    log.report("linear", args.step, top1=linear_probe(*sets, seed=args.seed), videos=len(sets[2]))
+    model, log = open_model(args, process, weights)
+    bank, bank_labels = video_features(args, process, model, train)
+    queries, labels = video_features(args, process, model, val)
+    log.report("knn", weights.step, top1=knn(bank, bank_labels, queries, labels), videos=len(queries))
+    top1 = linear_probe(bank, bank_labels, queries, labels, args.seed)
+    log.report("linear", weights.step, top1=top1, videos=len(queries))
 
 
 def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3):
     """Top-1 in percent of a linear layer on frozen features: AdamW, lr 1e-3, 30 epochs, as the paper.
 
-    Where that is silent: features are standardised, the layer starts at zero,
-    lr falls as a cosine, no weight decays,
-    batches are of 64, up to 1024 where there are many videos."""
-    batch_size, classes = min(max(64, len(bank) // 200), 1024), int(max(bank_labels.max(), labels.max())) + 1
+    Where that is silent: features are standardised, the layer starts at zero, lr falls as a cosine, no weight
+    decays, batches are of 64, and of up to 1024 where there are many videos."""
+    classes = 1 + int(bank_labels.max())
+    batch_size = min(max(64, len(bank) // 200), 1024)
     std, mean = torch.std_mean(bank, dim=0, correction=0)  # [D]
-    bank, queries = ((rows - mean) / (std + 1e-6) for rows in (bank, queries))
-    weight = torch.zeros(classes, bank.shape[1], device=bank.device, requires_grad=True)
-    bias = torch.zeros(classes, device=bank.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], lr=lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(bank) // batch_size))
+    bank = (bank - mean) / (std + 1e-6)
+    queries = (queries - mean) / (std + 1e-6)
+    layer = nn.Linear(bank.shape[1], classes, device=bank.device)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    steps = epochs * math.ceil(len(bank) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(epochs):
         order = torch.randperm(len(bank), generator=data.seeded(seed, epoch)).to(bank.device)
-        for rows in order.split(batch_size):  # the same minibatches for any number of ranks
+        for rows in order.split(batch_size):  # every rank does the same
             optimizer.zero_grad()
-            F.cross_entropy(F.linear(bank[rows], weight, bias), bank_labels[rows]).backward()
+            F.cross_entropy(layer(bank[rows]), bank_labels[rows]).backward()
             optimizer.step()
             schedule.step()
-    return 100 * (F.linear(queries, weight, bias).argmax(dim=1) == labels).float().mean().item()
+    return 100 * (layer(queries).argmax(1) == labels).float().mean().item()
 
 
 # ============ fine-tuning ============
+# The whole encoder is trained on labels, by VideoMAE's recipe, which is the paper's.
+
 class Classifier(SIGMA):
-    """VideoMAE's model for fine-tuning, and its names: encoder, mean of all tokens, LayerNorm,
-    linear head from near zero. settings: SIGMA's.
-    video [B, 3, T, H, W] -> logits [B, classes]."""
-    def __init__(self, classes, *settings, **named):
-        super().__init__(*settings, target="pixel", loss="l2", drop_path=0.1, **named)
+    """VideoMAE's model for fine-tuning, under its names: encoder, mean of all tokens, LayerNorm, linear head.
+
+    video [B, 3, T, H, W] -> logits [B, classes]. named: SIGMA's settings."""
+    def __init__(self, classes, size, **named):
+        super().__init__(size, target="pixel", loss="l2", drop_path=0.1, **named)
         del self.decoder, self.encoder_to_decoder, self.mask_token
-        self.fc_norm, self.encoder.norm = self.encoder.norm, nn.Identity()  # after the mean, not before
-        self.head = nn.Linear(*self.fc_norm.normalized_shape, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)
+        self.fc_norm = self.encoder.norm  # after the mean instead of before it
+        self.encoder.norm = nn.Identity()
+        self.head = nn.Linear(SIZES[size]["width"], classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # near zero
         nn.init.zeros_(self.head.bias)
 
     def forward(self, video):
-        return self.head(self.fc_norm(self.features(video).mean(dim=1)))  # features: [B, N, D]
+        tokens = self.features(video)  # [B, N, D]
+        return self.head(self.fc_norm(tokens.mean(1)))
 
 
-def layer_groups(model, decay=0.75):
-    """parameter_groups by layer: the head learns at full rate, each layer at `decay` of the one above."""
+def layer_groups(model, betas, decay=0.75):
+    """parameter_groups for each layer: the head learns at full rate, each layer at `decay` of the one
+    above."""
     layers = [model.encoder.patch_embed, *model.encoder.blocks, nn.ModuleList([model.fc_norm, model.head])]
-    return [{**group, "lr_scale": decay ** (len(layers) - i)} for i, layer in enumerate(layers, 1)
-            for group in parameter_groups(layer)]
+    groups = []
+    for depth, layer in enumerate(layers, start=1):
+        for group in parameter_groups(layer, betas):
+            group["lr_scale"] = decay ** (len(layers) - depth)
+            groups.append(group)
+    return groups
 
 
 def augmentation(flip):
     """RandAugment m7-n4, flip, random erasing: one draw for all frames, uint8 [T, 3, H, W] -> the same.
 
-    As timm's "rand-m7-n4": each of four is applied half of the time, magnitude 7 is of 10;
-    but without its noise on the magnitude,
-    and erasing to ImageNet's mean."""
-    from torchvision.transforms import v2  # takes two seconds
+    As timm's "rand-m7-n4": each of four is applied half of the time, magnitude 7 is of 10. Unlike it: no
+    noise on the magnitude, and what is erased becomes ImageNet's mean."""
+    from torchvision.transforms import v2  # its import takes two seconds
     mean = [round(255 * m) for m in data.IMAGENET_MEAN]
     one = v2.RandAugment(1, 7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR, fill=mean)
-    erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean)
-    mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
-    return v2.Compose([v2.RandomApply([one], p=0.5)] * 4 + [mirror, erase])
+    steps = [v2.RandomApply([one], p=0.5)] * 4
+    if flip:
+        steps.append(v2.RandomHorizontalFlip(0.5))
+    steps.append(v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=mean))
+    return v2.Compose(steps)
 
 
-def finetune(args):
-    """Trains the encoder and a new head on labels: VideoMAE's recipe, as the paper's."""
+def finetune(args, process, weights):
+    """Trains the encoder and a new head on the labels of --data, and tests on --val with several views."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
     train, val = open_data(args, labels=True)
-    # --val may have classes without a training video.
-    classes = max(int(train.labels.max()) + 1, len(train.classes or ()))
+    numbers = range(1 + int(train.labels.max()))  # all that a list has
+    names = train.classes or [str(number) for number in numbers]
     with agreed():
-        if val.labels.max() >= classes:
-            raise ValueError(f"--val has label {int(val.labels.max())}, --data none above {classes - 1}")
+        if val.labels.max() >= len(names):
+            raise ValueError(f"--val has label {int(val.labels.max())}, --data none above {len(names) - 1}")
         torch.manual_seed(args.seed)
-        model = Classifier(classes, args.size, frames=args.frames, image_size=args.image_size,
+        model = Classifier(len(names), args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
-        if args.weights:
-            load_weights(model, args.weights, args.checkpoint, free=("fc_norm.", "head."))
-    model.to(args.device)
-    train_set = open_clips(args, train, True, args.repeats, draw_crop=data.draw_resized,
-                           transform=augmentation(flip=args.stride > 0 and not args.demo))
-    test_set = open_clips(args, val, views=(5 if args.stride else 2, 3))  # clips, crops: the whole picture
-    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=classes)
-                           for kind, alpha in ((v2.MixUp, 0.8), (v2.CutMix, 1.0))])
-    say(f"{args.size} from {args.finetune}: {classes} classes, {args.videos} videos; {args.about}")
+        if weights is not None:
+            load_weights(model, weights, free=("fc_norm.", "head."))
+    model.to(process.device)
+    # No flip with stride 0, as Something-Something, whose classes tell left from right, is sampled; nor on
+    # the demo.
+    transform = augmentation(flip=args.stride > 0 and args.demo is None)
+    train_set = open_clips(args, train, train=True, repeats=args.repeats, draw_crop=data.draw_resized,
+                           transform=transform)
+    # Clips in time, and crops that show the whole picture.
+    test_set = open_clips(args, val, views=(5 if args.stride > 0 else 2, 3))
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(names)),
+                           v2.CutMix(alpha=1.0, num_classes=len(names))])
+    say(f"{args.size}: {len(names)} classes, {len(train)} videos; {process.about}")
 
-    def objective(model, video, batch, step):
-        # Mixing and drop path repeat in a resumed run.
+    def objective(trained, video, batch, step):
+        # Mixing and drop path draw from the global generator: seeded here, they repeat in a resumed run.
         torch.manual_seed(data.seeded(args.seed, step, rank(), int(batch["index"][0])).initial_seed())
-        video, target = mix(tv_tensors.Video(video), batch["label"].to(args.device, non_blocking=True))
-        logits = model(video.as_subclass(torch.Tensor)).float()  # [B, classes]
+        labels = batch["label"].to(process.device, non_blocking=True)
+        video, target = mix(tv_tensors.Video(video), labels)
+        logits = trained(video.as_subclass(torch.Tensor)).float()  # [B, classes]
         return F.cross_entropy(logits, target, label_smoothing=0.1), {}
 
     def evaluate(log, step):
-        if step:
-            top1, top5, videos = multi_view(args, model, test_set)
+        if step > 0:
+            top1, top5, videos = multi_view(args, process, model, test_set)
             log.report("finetune", step, top1=top1, top5=top5, videos=videos)
-    fit(args, model, layer_groups(model), (0.9, 0.999), train_set, objective, evaluate)
+
+    notes = {"args": curve_of(args, train, weights, RECIPE), "classes": names}
+    fit(args, process, model, layer_groups(model, betas=(0.9, 0.999)), train_set, notes, objective, evaluate)
 
 
-def multi_view(args, model, clips):
-    """Top-1 and top-5 in percent, number of videos: by the softmax averaged over a video's views."""
+def multi_view(args, process, model, clips):
+    """Top-1 and top-5 in percent, and the number of videos: by the softmax averaged over a video's views."""
     views = math.prod(clips.views)  # clips times crops
 
     def best(video, batch):
-        share = model(video).float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1)  # [B, classes]
-        return share.topk(min(5, share.shape[1])).indices, batch["label"][::views]
-    top, label, _ = each_once(args, model, clips, best, max(1, args.batch_size // views))
-    hits = (top == label[:, None]).float()  # [videos, 5]
-    return 100 * hits[:, 0].mean().item(), 100 * hits.amax(dim=1).mean().item(), len(hits)
+        shares = model(video).float().softmax(1).unflatten(0, (-1, views)).mean(1)  # [B, classes]
+        top = shares.topk(min(5, shares.shape[1])).indices
+        return [top, batch["label"][::views]]
+    top, labels, _ = each_once(process, model, clips, best, max(1, args.batch_size // views))
+    hits = 100 * (top == labels[:, None]).float()  # [videos, 5]
+    return hits[:, 0].mean().item(), hits.amax(1).mean().item(), len(hits)
 
 
 # ============ video object segmentation ============
-def segment(args):
-    """K-means of every clip's tube features;
-    where there are masks, mIoU by the paper's two protocols.
+# The tubes of one clip at a time are clustered by K-means, without labels. Where there are masks, the
+# clusters are compared with them by the paper's two protocols.
 
-    The paper leaves the details open. Here a clip is the middle of a video,
-    squeezed to the model's square, so that no object is cut off;
-    the background is one of the objects, in their number K as in the mean;
+def segment(args, process, weights):
+    """K-means of every clip's tube features; where there are masks, mIoU by the paper's two protocols.
+
+    The paper leaves the details open. Here a clip is the middle of a video, squeezed to the model's square,
+    so that no object is cut off; the background is one of the objects, in their number K as in the mean;
     mIoU is the mean over objects, then over clips."""
     with agreed():
-        masked = (Path(args.data) / "JPEGImages").is_dir()
-        clips = (data.Scenes(args.data, args.frames, args.stride, args.image_size) if masked
-                 else open_clips(args, data.find_videos(args.data)))
-    model, log = open_model(args)
+        if (Path(args.data) / "JPEGImages").is_dir():
+            clips = data.Scenes(args.data, args.frames, args.stride, args.image_size)
+        else:
+            clips = open_clips(args, data.find_videos(args.data))
+    model, log = open_model(args, process, weights)
     torch.set_float32_matmul_precision("highest")  # for K-means
 
     def cluster(video, batch):
-        tokens, truth = model.features(video)[0].float(), batch.get("truth", torch.zeros(1))  # [N, D]
-        objects, scores = len(truth[truth >= 0].unique()), [math.nan, math.nan]
-        with torch.autocast(args.device.type, enabled=False):  # in float32
-            few, many = (kmeans(tokens, k, args.seed).cpu().view(model.grid)
-                         for k in (objects if objects > 1 else 4, 10))
-        if objects > 1:  # a background alone is no segmentation
-            matched, column = match_one_to_one(overlap(truth, few, objects))
-            few = torch.tensor(column).argsort()[few]  # a cluster gets its object's number
-            scores = [100 * matched, 100 * match_many_to_one(overlap(truth, many, 10))]
-        return torch.tensor([scores]), few[None], many[None]  # [1, 2], twice [1, t, h, w]
-    scores, few, many, index = (part.cpu() for part in each_once(args, model, clips, cluster, 1))
-    rows, times = [], evenly(args.frames, 8)
-    for n in evenly(len(index), 3):
-        item = clips[0, int(index[n])]
-        labels = {"ground truth": item.get("truth"), "clusters": few[n], "10 clusters": many[n]}
-        rows += [("video", item["video"]), *((name, tint(item["video"], of_tubes[None]))
-                                             for name, of_tubes in labels.items() if of_tubes is not None)]
+        tokens = model.features(video)[0].float()  # [N, D]
+        truth = batch.get("truth", torch.zeros(1))
+        objects = len(truth[truth >= 0].unique())
+        compared = objects > 1  # a background alone is no segmentation
+        with torch.autocast(process.device.type, enabled=False):  # in float32
+            few = kmeans(tokens, objects if compared else 4, args.seed)
+            many = kmeans(tokens, 10, args.seed)
+        few = few.cpu().view(model.grid)
+        many = many.cpu().view(model.grid)
+        scores = torch.full((2,), math.nan)
+        if compared:
+            scores[0], columns = match_one_to_one(overlap(truth, few, objects))
+            scores[1] = match_many_to_one(overlap(truth, many, 10))
+            few = torch.tensor(columns).argsort()[few]  # a cluster gets the number of its object
+        return [100 * scores[None], few[None], many[None]]  # [1, 2], [1, t, h, w], [1, t, h, w]
+    scores, few, many, index = each_once(process, model, clips, cluster, batch_size=1)
     if rank() == 0:
-        shown = [(name, video[0, :, times].transpose(0, 1)) for name, video in rows]
-        save_pages(args.out / "segments.png", shown)
-    scores = scores[scores.isfinite().all(dim=1)]  # of clips with masks
-    if len(scores):
-        few, many = scores.mean(dim=0).tolist()
-        log.report("segment", args.step, miou=few, miou_overclustering=many, clips=len(scores))
+        save_segments(args, clips, index, few, many)
+    scores = scores[scores.isfinite().all(1)]  # of clips with masks
+    if len(scores) > 0:
+        one_to_one, merged = scores.mean(0).tolist()
+        log.report("segment", weights.step, miou=one_to_one, miou_overclustering=merged, clips=len(scores))
     else:
         say(f"{args.data} has no masks to compare with: see segments.png")
-    if args.loss == "sigma":  # last, as it needs φ: DINO may not be to be had
+    if args.loss == "sigma":  # last, as it needs φ, and DINO may not be to be had
         load_teacher(args, model)
-        prototype_sheet(args, model, clips)
+        prototype_sheet(args.out, process, model, clips)
+
+
+def save_segments(args, clips, index, few, many):
+    """segments.png: three clips, their masks where they have some, and both clusterings [n, t, h, w]."""
+    times = evenly(args.frames, 8)
+    page = []
+    for n in evenly(len(index), 3):
+        item = clips[0, int(index[n])]
+        video = item["video"]
+        pictures = {"video": video}
+        if "truth" in item:
+            pictures["ground truth"] = tint(video, item["truth"][None])
+        pictures["clusters"] = tint(video, few[n][None])
+        pictures["10 clusters"] = tint(video, many[n][None])
+        page += [(caption, shown[0, :, times].transpose(0, 1)) for caption, shown in pictures.items()]
+    save_pages(args.out / "segments.png", [page])
 
 
 def kmeans(x, k, seed=0, restarts=5, iterations=50):
     """x [N, D] -> cluster numbers [N]: the best of R k-means++ starts, the same for a seed."""
-    x, k, generator = x - x.mean(dim=0), min(k, len(x)), data.seeded(seed)  # centred: less rounding
+    x = x - x.mean(0)  # centred, sums round less
+    k = min(k, len(x))
+    generator = data.seeded(seed)
 
     def distance():
         return torch.cdist(x, centres.flatten(0, 1)).unflatten(1, (restarts, -1))  # [N, R, k]
-    # The next centre is drawn by squared distance to the nearest so far.
+    # k-means++: the next centre is drawn by the squared distance to the nearest so far.
     centres = x[torch.randint(len(x), (restarts, 1), generator=generator)]  # [R, 1, D]
     while centres.shape[1] < k:
-        weight = distance().amin(dim=2).square().T.cpu() + 1e-12  # [R, N]
-        centres = torch.cat([centres, x[torch.multinomial(weight, 1, generator=generator)]], dim=1)
+        weight = distance().amin(2).square().T.cpu() + 1e-12  # [R, N]
+        drawn = torch.multinomial(weight, 1, generator=generator)
+        centres = torch.cat([centres, x[drawn]], 1)
     for _ in range(iterations):
-        cost, cluster = distance().min(dim=2)  # [N, R]
+        cost, cluster = distance().min(2)  # [N, R]
         # Means by a product, which repeats exactly; index_add on a GPU does not.
         member = F.one_hot(cluster, k).to(x.dtype).flatten(1)  # [N, R * k]
-        size = member.sum(dim=0).view(restarts, k, 1)  # 0: the centre stays
-        centres = torch.where(size > 0, (member.T @ x).view(restarts, k, -1) / size, centres)
-    return cluster[:, cost.square().sum(dim=0).argmin()]  # the start of least cost
+        size = member.sum(0).view(restarts, k, 1)
+        means = (member.T @ x).view(restarts, k, -1) / size
+        centres = torch.where(size > 0, means, centres)  # an empty cluster stays where it is
+    return cluster[:, cost.square().sum(0).argmin()]  # the start of least cost
 
 
 def overlap(truth, clusters, k):
-    """truth [T, H, W], clusters of tubes [t, h, w] ->
-    pixels that an object and a cluster share, [objects, k]."""
-    # Clusters at the masks' size, not masks at the tubes': no pixel of truth is lost.
+    """truth [T, H, W], clusters of tubes [t, h, w] -> pixels that an object and a cluster share, [objects,
+    k]."""
+    # Clusters at the masks' size, not masks at the tubes': no pixel of the truth is lost.
     pixels = F.interpolate(clusters[None, None].float(), truth.shape, mode="nearest-exact")[0, 0].long()
     counted = truth >= 0
     objects = truth[counted]
-    return torch.bincount(objects * k + pixels[counted], minlength=int(objects.max() + 1) * k).view(-1, k)
+    count = int(objects.max()) + 1
+    return torch.bincount(objects * k + pixels[counted], minlength=count * k).view(-1, k)
 
 
 def iou(table):
     """Shared pixels [objects, k] -> intersection over union of every pair, float64."""
     table = table.double()
-    return table / (table.sum(dim=1, keepdim=True) + table.sum(dim=0) - table).clamp(min=1)
+    union = table.sum(1, keepdim=True) + table.sum(0) - table
+    return table / union.clamp(min=1)
 
 
 def match_one_to_one(table):
     """Clustering protocol: every object gets a cluster of its own, for the largest mean IoU.
-    Returns it and each object's cluster.
-    All ways are tried: DAVIS has at most six objects."""
+
+    Returns it and each object's cluster. All ways are tried: DAVIS has at most six objects."""
     if len(table) > 8:
-        raise Stop(f"a clip has {len(table)} objects: all ways to match them are tried, for at most 8")
+        raise data.VideoError(f"a clip has {len(table)} objects: all ways to match are tried, for at most 8")
     ways = torch.tensor(list(itertools.permutations(range(table.shape[1]), len(table))))  # [ways, objects]
-    mean, way = iou(table)[torch.arange(len(table)), ways].mean(dim=1).max(dim=0)
-    return mean.item(), ways[way].tolist()
+    means = iou(table)[torch.arange(len(table)), ways].mean(1)
+    best = means.argmax()
+    return means[best].item(), ways[best].tolist()
 
 
 def match_many_to_one(table):
-    """Over-clustering protocol: each cluster goes to the object it overlaps most.
-    Returns the objects' mean IoU."""
-    merged = table @ F.one_hot(table.argmax(dim=0), len(table))  # [objects, objects]
+    """Over-clustering protocol: each cluster goes to the object it overlaps most. Returns the objects' mean
+    IoU."""
+    merged = table @ F.one_hot(table.argmax(0), len(table))  # [objects, objects]
     return iou(merged).diagonal().mean().item()
 
 
 # ============ what a step costs ============
-def bench(args):
-    """Times --steps (5) training steps on random clips on the device, up to the end of each part:
-    what one takes longer than the one before is the part's;
-    the last are whole steps."""
+def bench(args, process, weights):
+    """Times --steps (5) training steps on random clips that lie on the device, after two that warm up.
+
+    A clip's operations are counted forward and back, with --recompute those that are done again, too."""
     torch.manual_seed(args.seed)
     with agreed():
-        model, hide = make_model(args)
-    model.to(args.device)
-    shape = args.batch_size, 3, args.frames, args.image_size, args.image_size
-    clips = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
-    mask = hide(args.batch_size)
-    visible, masked = sigma.split_mask(mask, args.device)  # [B, V], [B, M]
-    say(f"{args.size}, {args.target}, {args.about}")
-    # A clip's operations: recomputing is no work, and only plain attention is counted everywhere.
-    model.encoder.recompute = model.decoder.recompute = False
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = make_model(args).to(process.device)
+    if args.target == "dino":
+        model.teacher.weights_loaded = True  # random ones cost the same
+    shape = (args.batch_size, 3, args.frames, args.image_size, args.image_size)
+    clips = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
+    mask = mask_drawer(args, model, args.batch_size)()
+    say(f"{args.size}, {args.target}, {process.about}")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # what is counted anywhere
         model(data.normalize(clips[:1]), mask[:1])[0].backward()
-    model.encoder.recompute = model.decoder.recompute = args.recompute
-    model.zero_grad(set_to_none=True)  # of the counting
-    flops, trained = counter.get_total_flops(), wrapped(args, model)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
-    wait = torch.cuda.synchronize if args.cuda else (lambda: None)
-    repeat, seconds, parts = args.steps or 5, 0.0, []
-    if args.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for part in ("encoder", "decoder", "target and loss", "optimizer, gradients over ranks"):
-        for i in range(2 + repeat):
-            if i == 2:  # the first two warm up
-                wait()
-                began = time.perf_counter()
-            with args.autocast():
-                video = data.normalize(clips)
-                if part in ("encoder", "decoder"):
-                    out = model.encoder(sigma.take_tubes(patchify(video, model.patch), visible), visible)
-                    out = model.forward_decoder(out, visible, masked) if part == "decoder" else out
-                else:
-                    out, _ = (model if part == "target and loss" else trained)(video, mask)
-            out.backward(torch.ones_like(out))  # any gradient is as dear as any other
-            if part.startswith("optimizer"):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        wait()
-        before, seconds = seconds, (time.perf_counter() - began) / repeat  # a step up to here
-        parts.append(f"{1000 * (seconds - before) / args.batch_size:9.3f} ms a clip  {part}")
+    trained = over_processes(args, model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, betas=(0.9, 0.95)), lr=1e-5, fused=True)
 
-    memory = f"; {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if args.cuda else ""
-    speed = flops * args.batch_size / seconds / 1e12
-    say(f"{args.global_batch / seconds:.2f} clips/s, {1000 * seconds:.1f} ms a step; {flops / 1e9:.1f} GFLOP "
-        f"a clip, {speed:.3f} TFLOP/s a process{memory}\n" + "\n".join(parts))
+    def seconds_of(steps):
+        began = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with process.autocast():
+                loss, _ = trained(data.normalize(clips), mask)
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for the GPU
+        return (time.perf_counter() - began) / steps
+    seconds_of(2)
+    seconds = seconds_of(args.steps or 5)
+    operations = counter.get_total_flops()
+    say(f"{args.batch_size * world() / seconds:.2f} clips/s, {1000 * seconds:.1f} ms a step; "
+        f"{operations / 1e9:.1f} GFLOP a clip, {operations * args.batch_size / seconds / 1e12:.3f} TFLOP/s a "
+        f"process; {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB of GPU memory at most")
 
 
-# ============ flags and main ============
-def at_least(least, kind=int):
-    """An argparse type: a finite number with a lower bound."""
-    def parse(text):
-        value = kind(text)  # a ValueError is argparse's to tell
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}, and finite")
-        return value
-    parse.__name__ = kind.__name__  # for argparse's own message
-    return parse
-
-
-count, whole, switch = at_least(1), at_least(0), "store_true"
-positive, not_negative = at_least(1e-9, float), at_least(0, float)
-# Flag: type or choices; default, the paper's; the demo's, if another; what it is.
-FLAGS = {
-    "data": (str, "demo", "demo; a folder of videos (class folders: labels); a list, path[ label] a line"),
-    "val": (str, "labelled videos: k-NN in pretraining, tests of --probe, --finetune"),
-    "out": (str, "folder for log, checkpoint, pictures; a run in it is resumed; else runs/…"),
-    "probe": (str, "instead, k-NN and linear probe of a checkpoint, from --data to --val"),
-    "finetune": (str, "instead, train a checkpoint, or `none`, on labels of --data, test on --val"),
-    "segment": (str, "instead, cluster tubes by a checkpoint; mIoU on DAVIS's folders"),
-    "bench": (switch, "instead, time steps and their parts; writes nothing"),
-    "size": (list(SIZES), "base", "tiny", "of the model"),
-    "target": (["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, pixels (VideoMAE)"),
-    "teacher": (list(TEACHERS), "vitb16", "DINO network of --target dino"),
-    "dino-weights": (str, "its file; else downloaded"),
-    "loss": (["sigma", "l2"], "l2: VideoMAE with pixel, collapse with mlp; sigma, with pixel l2"),
-    "assignment": (["hard", "soft"], "hard", "targets: argmax of q (release), q itself (text)"),
-    "prototypes": (count, 3000, 64, "K"),
-    "eps": (positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B"),
-    "mask-ratio": (positive, 0.9, 0.75, "share of tubes hidden"),
-    "frames": (count, 16, 8, "in a clip"),
-    "stride": (whole, 4, 2, "frames from one to the next; 0: spread over all. SSv2: 2, fine-tuned 0"),
-    "image-size": (count, 224, 48, "pixels a side"),
-    "repeats": (count, 1, "crops from one decoding"),
-    "epochs": (count, 800, 25, "length of the schedule"),
-    "warmup-epochs": (not_negative, 40, 3, "of rising learning rate; else an eighth at most"),
-    "steps": (count, "optimiser steps, then stop; of --bench: 5"),
-    "batch-size": (count, 32, "clips a step, per process"),
-    "accumulate": (count, 1, "micro-batches a step; Sinkhorn balances each by itself"),
-    "lr": (positive, 1.5e-4, 4e-3, "peak learning rate, per 256 clips"),
-    "min-lr": (not_negative, 1e-5, 4e-4, "where the cosine ends, per 256 clips"),
-    "eval-every": (whole, 50, 5, "epochs between k-NN (with --val) and pictures; 0: first, last"),
-    "precision": (["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on GPUs, else fp32"),
-    "compile": (switch, False, "torch.compile blocks and loss"),
-    "recompute": (switch, False, "activation checkpointing: less memory, more time"),
-    "workers": (whole, "decoding processes a rank; else cores / ranks up to 16, on a CPU 1"),
-    "seed": (whole, 0, "of all that is drawn"),
-    "save-minutes": (positive, 10, "checkpoint at least this often"),
-    "keep-every": (count, 100, "epochs between checkpoints that stay")}
-
-
-def parse_args(argv=None):
-    """Flags, and what follows from mode, demo and checkpoint. Raises Stop."""
-    def refuse(message):
-        raise Stop(message)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="[default], or [default, the demo's].")
-    parser.error = refuse  # one line, without the usage
-    modes, one_of = ("probe", "finetune", "segment", "bench"), parser.add_mutually_exclusive_group()
-    for name, (kind, *both, text) in FLAGS.items():
-        key = "choices" if isinstance(kind, list) else "action" if kind == switch else "type"
-        bare = {"nargs": "?", "const": "demo"} if name == "data" else {}
-        text += f" [{', '.join(map(str, both))}]" if both else ""
-        (one_of if name in modes else parser).add_argument(f"--{name}", help=text, **{key: kind}, **bare)
-    args = parser.parse_args(argv)  # None: not said
-    args.mode = next((mode for mode in modes if getattr(args, mode) not in (None, False)), "pretrain")
-    args.demo = args.data in (None, "demo") and not args.bench
-
-    # ---- what was not said: by the data set, over it the checkpoint, over it the mode ----
-    defaults = {name.replace("-", "_"): both[-1 if args.demo else 0] if both else None
-                for name, (_, *both, _) in FLAGS.items()}
-    args.checkpoint = None if args.bench or args.finetune == "none" else getattr(args, args.mode, None)
-    args.weights, args.step = None, 0  # of the checkpoint
-    if args.checkpoint is not None:
-        with agreed():
-            args.weights, model, clip = read_weights(args.checkpoint)
-        if args.size not in (None, model["size"]):
-            refuse(f"{args.checkpoint} is of --size {model['size']}")
-        vars(args).update(model)  # whatever the flags say
-        if args.mode != "probe":
-            clip["stride"] = 1 if args.segment else defaults["stride"]
-        defaults.update(clip)
-    if args.mode == "finetune":  # for Kinetics; Something-Something is sampled with --stride 0
-        defaults.update(epochs=15 if args.demo else 40 if args.stride == 0 else 100, warmup_epochs=5,
-                        batch_size=16, lr=1e-2 if args.demo else 1e-3, min_lr=1e-6, eval_every=0)
-    defaults["warmup_epochs"] = min(defaults["warmup_epochs"], (args.epochs or defaults["epochs"]) / 8)
-    defaults["loss"] = "l2" if args.target == "pixel" else "sigma"
-    name = Path(os.path.abspath(args.data or "demo")).stem  # also of --data .
-    defaults["out"] = f"runs/{name}-{args.mode}".removesuffix("-pretrain")
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    args.out = Path(args.out)
-
-    if args.bench and args.accumulate > 1:
-        refuse("--bench times micro-batches: leave --accumulate out")
-    if args.batch_size % args.repeats:
-        refuse("--repeats must divide --batch-size")
-    return args
+# ============ main ============
+MODES = {"pretrain": pretrain, "probe": probe, "finetune": finetune, "segment": segment, "bench": bench}
 
 
 def main(argv=None):
+    """Runs a command line. Raises SystemExit where it does not end well."""
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):  # in training a flag, to end the step first
-            signal.signal(number, lambda signum, frame: sys.exit(128 + signum))
-        args = parse_args(argv)
-        start_processes(args)
-        if not args.bench:
-            take_folder(args)
-        globals()[args.mode](args)  # pretrain, probe, finetune, segment or bench
+        join_processes()
+        with agreed():
+            args, weights = parse_args(argv)
+        process = Process(args)
+        if args.mode != "bench":
+            with agreed():
+                process.lock = take_folder(args)
+            say(f"results in {args.out}, {process.workers} workers")
+        MODES[args.mode](args, process, weights)
         over_ranks(0.0)  # none leaves while another still receives
     except Stop as stop:
-        leave(stop.message, stop.code)
+        leave(str(stop), stop.code, alike=True)
     except (data.VideoError, data.WorkerError) as error:
-        if args.stop:  # the signal ends workers, too
-            raise SystemExit(128 + args.stop) from None
+        if process.stop_signal:  # in an evaluation of the training loop; the signal ended the workers, too
+            raise SystemExit(128 + process.stop_signal) from None
         leave(str(error), 1)
     except torch.OutOfMemoryError as error:
         leave(f"too little GPU memory: lower --batch-size or --recompute ({error!r:.150})", 1)
 
 
-def leave(message, code):
-    """Ends this process with one line. torchrun ends all at the first exit:
-    what goes wrong in all of them is said by the first alone,
-    what goes wrong in one before the others leave."""
-    time.sleep(0 if message and rank() == 0 else 3 if message else 6)
-    if message:
-        line = f"train.py: error{f' of rank {rank()}' if rank() else ''}: {message}"
-        print(line, file=sys.stderr, flush=True)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun's own report ends with it
-            told = {"message": line, "extraInfo": {"timestamp": time.time()}}
-            Path(report).write_text(json.dumps({"message": told}))
+def leave(message, code, alike=False):
+    """Ends this process with one line, which rank 0 alone says where all ranks would say it alike."""
+    if alike and rank() > 0:
+        raise SystemExit(code)
+    line = f"train.py: error: {message}"
+    if rank() > 0:
+        line = f"train.py: error of rank {rank()}: {message}"
+    print(line, file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None:  # torchrun's own report ends with what is in this file
+        told = {"message": line, "extraInfo": {"timestamp": time.time()}}
+        Path(report).write_text(json.dumps({"message": told}))
     raise SystemExit(code)
 
 
-if __name__ == "__main__":
-    # Lines appear at once, file names though no terminal may show them.
+def open_streams():
+    """Lines appear at once, and file names though no terminal may show them. Closed streams lead nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    open_streams()
     if world() == 1:
         sys.exit(main())
-    # Several leave without Python's teardown:
-    # a gloo thread that frees a tensor then aborts its process.
-    # To end the group before can wait forever (torch 2.6).
-    code = 1
+    # One of several processes leaves without Python's teardown, in which gloo's threads, as they free a
+    # tensor, can abort it. To end the process group before that can wait for ever (torch 2.6).
+    exit_code = 1
     try:
-        code = main()
+        exit_code = main() or 0
     except SystemExit as end:
-        code = end.code
+        exit_code = end.code or 0
     except Exception:
         sys.excepthook(*sys.exc_info())
-    atexit._run_exitfuncs()
-    os._exit(code or 0)
+    sys.stdout.flush()
+    os._exit(exit_code)
