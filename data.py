@@ -5,9 +5,9 @@
     python data.py demo DIR          writes the demo's videos
 
 The file reads from a video to a batch: what a file holds, reading its frames, which frames and which part of
-the picture a clip takes, the data set, the loader. After a rule come `prepare`, the demo and the command
-line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is reported;
-in training another video is drawn in its place."""
+the picture a clip takes, the data set, the loader. Below a line of === come `prepare`, the demo and the
+command line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is
+reported; in training another video is drawn in its place."""
 import argparse
 import bisect
 import colorsys
@@ -50,7 +50,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-# A title in an old encoding is no error. PyAV 19 takes it for none either, and lacks this argument.
+# Titles in an old encoding must not be errors. PyAV 19 ignores them by itself, without this argument.
 LENIENT = {"metadata_errors": "ignore"} if av.__version__ < "19" else {}
 COVER = av.stream.Disposition.attached_pic  # a still picture, no video
 MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any amount of memory
@@ -78,8 +78,8 @@ class WorkerError(RuntimeError):
 def file_errors():
     """Turns what FFmpeg, PyAV, Pillow (SyntaxError) and the system raise about a file into VideoError.
 
-    It stands around the code that touches files and frames, so that a wrong argument or a user's bug stays
-    what it is."""
+    A lost disk or a full memory looks the same. It stands only around code that touches files and frames, so
+    wrong arguments and a user's bugs pass through."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError,
@@ -108,7 +108,7 @@ def one_line(error):
 #                      packets come in the order of decoding, and their times tell the order of showing
 #   open group         B-frames that follow a keyframe in the file but are shown before it, and need frames
 #                      from before the keyframe, too
-#   edit list          a note in an mp4 that some frames must be decoded but not shown
+#   edit list          a note in an mp4 that some frames are decoded but not shown; the decoder drops them
 #
 # The truth is a decode of the whole file: frame n is the n-th to come out, from 0. That takes seconds. To
 # start at a keyframe shortly before the wanted frames takes milliseconds, but needs times that are right. So
@@ -140,7 +140,7 @@ class Index:
                     rows.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.size))
                     if keep:
                         self.packets.append(packet)
-        except (av.FFmpegError, OSError) as error:  # what came before is good
+        except (av.FFmpegError, OSError) as error:  # the video counts as cut here
             self.cut = one_line(error)
         if newest is not None and newest.is_corrupt:
             self.cut = self.cut or "it ends in the middle of a frame"
@@ -162,8 +162,8 @@ class Index:
 
     def times_are_of_decoding(self):
         """Whether the times say when to decode: frames are reordered, but their times ascend through the
-        file. So it is in AVI, which knows no other times, and in copies of it. MPEG-4 mostly comes from AVI
-        (two frames in one packet, then an empty one): with B-frames its times are never trusted."""
+        file. So it is in AVI, which knows no other times, and in copies of it. The codec mpeg4 (XviD, DivX;
+        not the format mp4) mostly comes from AVI, so with B-frames its times are never trusted."""
         ascend = self.shown_times == sorted(self.shown_times)
         return self.codec.has_b_frames and (ascend or self.codec.name == "mpeg4")
 
@@ -193,15 +193,16 @@ def stops_early(container, last_packets):
 
 # ============ reading its frames ============
 # `Video` decides, by the index, from where it decodes; `read` makes clips. If you want frames alone, call
-# `read_clip` below. To copy it, take all from VideoError down to it, then frame_numbers and square_crop.
+# `read_clip` below. To copy it, take the imports and constants above, VideoError, file_errors down to
+# read_clip, frame_numbers and square_crop.
 
 class Video(AbstractContextManager):
-    """An open video: `frames` is how many it shows (perhaps fewer, unless `exact`), `read` gives any of them.
-    For a `with` statement. A video whose end is missing (index.cut) is as long as what is left; only a clip
-    that reaches beyond that is an error.
+    """An open video, to be closed by `with`. `frames` is how many it shows (at most, unless `exact`), `read`
+    gives any of them. A video whose end is missing (index.cut) is as long as what is left; only a clip that
+    reaches beyond that is an error.
 
-    `times` are the presentation times of the frames in the order of showing where they are good enough to
-    enter at a keyframe, else None: then frames are counted from the beginning. Raises VideoError."""
+    `times` says when frame 0, 1, ... is shown, if decoding can start at keyframes. None: the file's times
+    cannot be trusted, and frames are counted from the beginning. Raises VideoError."""
     def __init__(self, path):
         self.path = path
         self.opened = ExitStack()
@@ -213,8 +214,8 @@ class Video(AbstractContextManager):
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
-            # Fresh: the decoder was not used, and packets are at hand or the file is at its start. Indexing
-            # has read the file to its end.
+            # fresh: packet 0 can be decoded without opening again. Indexing has left the file at its end,
+            # which does no harm where the packets were kept.
             self.fresh = self.keep
             self.decide()
         except BaseException:
@@ -253,10 +254,10 @@ class Video(AbstractContextManager):
         if not index.times_tell_frames_apart():
             self.count()
         elif index.times_are_of_decoding():
-            # A frame for each packet: to verify that would double what XviD's files cost.
-            self.exact = index.shows_before_keyframe()
-            if self.exact:
+            if index.shows_before_keyframe():
                 self.count()
+            else:  # one frame for each packet is assumed: to count would double the cost of XviD's files
+                self.exact = False
         else:
             self.times = sorted(index.shown_times)
             doubtful = index.packets_may_not_be_frames() or self.is_interlaced()
@@ -274,7 +275,7 @@ class Video(AbstractContextManager):
         return any(frame.interlaced_frame for frame in islice(self.decode(), 2))
 
     def count(self):
-        """Decodes the whole file, sets `frames` and returns the times of all frames."""
+        """Decodes the whole file, sets `frames` and returns their times. Damage is an error here."""
         times = [frame.pts for frame in self.decode()]
         self.frames = len(times)
         return times
@@ -350,23 +351,23 @@ class Video(AbstractContextManager):
                 yield number, frame
 
     def from_keyframes(self, numbers):
-        """Enters at the last keyframe before each wanted frame. What comes out has to prove that the keyframe
-        is one and that nothing is missing, else VideoError."""
-        for first, end, wanted in self.runs(numbers):
+        """Starts at the last keyframe before each wanted frame. VideoError if that is no true keyframe, if a
+        frame is marked as damaged, or if a wanted one does not come out."""
+        for first, end, number_at in self.runs(numbers):
             start = self.index.times[first]
             newest = start - 1  # no frame yet
-            for frame in self.decode(first, end, wanted):
+            for frame in self.decode(first, end, number_at):
                 if frame.pts is not None and frame.pts < start:
-                    continue  # of an open group, whose other frames were not decoded
+                    continue  # an open group's: it needs frames from before the keyframe
                 if first > 0 and newest < start:
                     self.check_entry(frame)
                 if frame.pts is None or frame.pts <= newest or frame.is_corrupt:
                     raise VideoError("a frame is damaged, or its time is")
                 newest = frame.pts
-                if newest in wanted:
-                    yield wanted.pop(newest), frame
-            if wanted:
-                raise VideoError(f"frame {min(wanted.values())} is missing")
+                if newest in number_at:
+                    yield number_at.pop(newest), frame  # decode has fed its packet already
+            if number_at:
+                raise VideoError(f"frame {min(number_at.values())} is missing")
 
     def check_entry(self, frame):
         """Some files call every packet a keyframe (mp4 without a table of them, H.263 of phones, AVI without
@@ -394,11 +395,12 @@ class Video(AbstractContextManager):
         return runs
 
     def read(self, views, size=224):
-        """Decodes once and returns one uint8 array [3, T, size, size] (RGB) for every view.
+        """A list of one uint8 array [3, T, size, size] (RGB) for every view, by one decode for all (a second
+        one, from the beginning, if keyframes fail).
 
-        views: list of (T frame numbers in any order, crop); beyond the end stands the last frame. crop: (x,
-        y, width, height) of the displayed picture, or a function of its width and height, or None: the
-        centred square. Raises VideoError, and ValueError for a crop that is not inside of the picture."""
+        views: list of (T frame numbers from 0, in any order, crop); beyond the end stands the last frame.
+        crop: (x, y, width, height) of the picture as it is displayed, or a function of its width and height,
+        or None: the centred square. Raises VideoError, and ValueError for a crop that is not inside."""
         end = max(max(numbers) for numbers, _ in views)
         if self.index.cut and end >= self.frames:
             raise VideoError(self.index.cut)
@@ -447,8 +449,8 @@ class ClipMaker(FilterGraph):
         """Puts frame n wherever the clip shows it."""
         places = [t for t, number in enumerate(self.numbers) if number == n]
         if places:
-            frame = self(frame)
-            for channel, plane in zip((1, 2, 0), frame.planes):  # green, blue, red
+            frame = self(frame)  # turned, cropped, scaled
+            for channel, plane in zip((1, 2, 0), frame.planes):  # gbrp: green, blue, red
                 lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
                 self.pictures[channel, places] = lines[:, :frame.width]  # lines are padded
 
@@ -504,9 +506,9 @@ def crop_filters(width, height, crop, size):
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
     """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
 
-    Beyond the end stands the last frame; if the end is cut off, VideoError. start: None draws one (from
-    `generator`). crop: as in Video.read, scaled bilinearly to a square. Raises VideoError if the file cannot
-    be read, ValueError for senseless arguments."""
+    Beyond the end the last frame is repeated, or VideoError if the file is cut off there. start: None draws
+    one (from `generator`, else PyTorch's own). crop: as in Video.read, scaled bilinearly to a square. Raises
+    VideoError, without the path, if the file cannot be read, ValueError for senseless arguments."""
     if min(frames, stride, size) < 1 or start is not None and start < 0:
         raise ValueError("frames, stride or size below 1, or start below 0")
     with Video(path) as video:
