@@ -60,9 +60,11 @@ torch.set_num_threads(1)
 
 def test_tube_mask_hides_the_same_patches_in_every_step_and_any_as_often():
     mask = tube_mask(5, steps=8, patches=196, ratio=0.9, generator=data.seeded(0))
-    assert mask.shape == (5, 8 * 196) and mask.dtype == torch.bool
+    assert mask.shape == (5, 8 * 196)
+    assert mask.dtype == torch.bool
     steps = mask.view(5, 8, 196)
-    assert (steps == steps[:, :1]).all() and (steps.sum(dim=2) == 176).all()
+    assert (steps == steps[:, :1]).all()
+    assert (steps.sum(dim=2) == 176).all()
     assert len({tuple(clip.tolist()) for clip in steps[:, 0]}) == 5  # drawn per clip
     assert torch.equal(mask, tube_mask(5, 8, 196, 0.9, generator=data.seeded(0)))
     share = tube_mask(20_000, steps=1, patches=10, ratio=0.3, generator=data.seeded(1)).float().mean(dim=0)
@@ -150,7 +152,8 @@ def test_sinkhorn_is_finite_for_large_scores(dtype, size):
     scores[2, 2] = size
     for iterations in (0, 1, 10, 1000):
         q = sinkhorn(scores, iterations=iterations)
-        assert q.dtype == torch.float32 and q.isfinite().all()
+        assert q.dtype == torch.float32
+        assert q.isfinite().all()
         assert_close(q.sum(dim=1), torch.ones(64))
         if size <= 1e4 and iterations <= 10:
             expected = reference_sinkhorn(scores.float(), iterations=iterations)
@@ -159,7 +162,8 @@ def test_sinkhorn_is_finite_for_large_scores(dtype, size):
 
 def test_the_examples_in_docstrings_are_true():
     found = doctest.testmod(sigma, extraglobs={"torch": torch})
-    assert found.attempted >= 3 and found.failed == 0
+    assert found.attempted >= 3
+    assert found.failed == 0
     scores = torch.tensor([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.6, 0.5]])
     assert_close(sinkhorn(scores, eps=0.1).sum(dim=0), torch.tensor([2.0, 2.0]), atol=0.01, rtol=0)
 
@@ -401,10 +405,13 @@ def test_the_demonstration_shows_both_failures_and_the_cure(capsys):
     assert list(last) == ["L2", "no Sinkhorn", "SIGMA", "soft"]
     assert all(step == "1" and numbers["spread"] > 0.5 for step, numbers in first.values())
     for failure in ("L2", "no Sinkhorn"):
-        assert last[failure]["loss"] < 0.1 and last[failure]["spread"] < 0.25
+        assert last[failure]["loss"] < 0.1
+        assert last[failure]["spread"] < 0.25
     assert last["no Sinkhorn"]["perplexity"] < 1.1
     cure = last["SIGMA"]
-    assert cure["spread"] > 0.35 and cure["perplexity"] > 10 and cure["agreement"] > 0.3
+    assert cure["spread"] > 0.35
+    assert cure["perplexity"] > 10
+    assert cure["agreement"] > 0.3
     assert last["soft"]["agreement"] < cure["agreement"] / 2
 
 
@@ -412,10 +419,13 @@ def test_assign_and_features():
     model = tiny()
     video, mask = tiny_batch()
     chosen, tokens = model.assign(video), model.features(video)
-    assert chosen.shape == (4, 32) and chosen.dtype == torch.int64 and tokens.shape == (4, 32, 128)
+    assert chosen.shape == (4, 32)
+    assert chosen.dtype == torch.int64
+    assert tokens.shape == (4, 32, 128)
     x = F.normalize(model.head(sigma.normalize_tubes(sigma.patchify(video, 8))), dim=-1)
     x = x @ F.normalize(model.prototypes, dim=1).T
-    assert torch.equal(chosen, x.argmax(dim=-1)) and torch.equal(model.prototype_scores(video), x)
+    assert torch.equal(chosen, x.argmax(dim=-1))
+    assert torch.equal(model.prototype_scores(video), x)
     assert (model.frames, model.image_size) == (4, 32)
     with pytest.raises(ValueError, match="no prototypes"):
         tiny(loss="l2").assign(video)
@@ -608,7 +618,8 @@ def test_load_checkpoint_reads_the_authors_files_and_refuses_code(tmp_path, monk
                "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=1e-4, data_path="x")}
     torch.save(authors, "authors.pth")
     content = sigma.load_checkpoint("authors.pth")
-    assert content["epoch"] == 799 and content["args"].lr == 1e-4
+    assert content["epoch"] == 799
+    assert content["args"].lr == 1e-4
     tiny().load_state_dict(content["model"], strict=True)
     torch.save({"model": {}, "args": Malice()}, "evil.pth")
     torch.save([1, 2], "list.pth")
@@ -865,7 +876,8 @@ def test_a_palette_that_comes_once_and_an_avi_without_an_index(tmp_path):
     pictures = [video_paint(n) for n in range(20)]
     path = video_write(tmp_path / "cinepak.avi", "cinepak", pictures, "rgb24", options={"g": "10"})
     Path(path).write_bytes(Path(path).read_bytes().replace(b"idx1", b"JUNK"))
-    assert video_check(path) == 20 and video_check(tmp_path / "pal8.avi") == 9
+    assert video_check(path) == 20
+    assert video_check(tmp_path / "pal8.avi") == 9
 
 
 def video_fields(path, frames):
@@ -983,7 +995,8 @@ def test_beyond_the_end_is_the_last_frame(tmp_path):
                        times=[40 * t for t in (0, 1, 2, 5, 6, 9, 10, 11, 12, 15, 16, 17)])
     assert video_whole(path, 8, 2, 0) == [0, 2, 4, 6, 8, 10, 11, 11]
     path = video_write(tmp_path / "short.mp4", pictures=[video_paint(n) for n in range(5)])
-    assert video_whole(path, 6, 2, None) == [0, 2, 4, 4, 4, 4] and video_whole(path, 2, 2, 9) == [4, 4]
+    assert video_whole(path, 6, 2, None) == [0, 2, 4, 4, 4, 4]
+    assert video_whole(path, 2, 2, 9) == [4, 4]
 
 
 @parametrize("name", ["cover.mkv", "cover.mp4"])
@@ -1067,7 +1080,9 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
         with pytest.raises(data.VideoError) as error:
             data.read_clip(tmp_path / name)
         text = str(error.value)
-        assert "\n" not in text and str(tmp_path) not in text and len(text) > 5, name
+        assert "\n" not in text, name
+        assert str(tmp_path) not in text, name
+        assert len(text) > 5, name
         assert "folders of frames" in text or name != "dir.mp4"
         assert "picture" in text or name != "picture.mp4"
     for arguments in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
@@ -1100,7 +1115,9 @@ def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name)
     for n in range(N):
         with contextlib.suppress(data.VideoError):
             got += video_whole(path, 1, 1, n)
-    assert got[:20] == list(range(20)) and got == sorted(set(got)) and len(got) < 40
+    assert got[:20] == list(range(20))
+    assert got == sorted(set(got))
+    assert len(got) < 40
 
 
 def test_damage_in_the_middle_is_not_silent(video_file, tmp_path):
@@ -1120,7 +1137,8 @@ def test_damage_in_the_middle_is_not_silent(video_file, tmp_path):
                 got[i] = torch.equal(data.read_clip(path, 3, 1, 3 * i, size=32), clip)
         wrong += False in got
         early += None in got[4:] and all(got[:4])                    # what lies before the damage
-    assert wrong <= 1 and early >= 7, (wrong, early)
+    assert wrong <= 1, (wrong, early)
+    assert early >= 7, (wrong, early)
 
     # What makes it quick: nothing is decoded but what leads to a frame from a keyframe on.
     for name, number in (("bframes.mp4", 36), ("opengop.ts", 30)):
@@ -1183,8 +1201,11 @@ def test_200_000_lines_take_seconds(tmp_path):
     (tmp_path / "list.txt").write_text("".join([*lines, odd]))
     began = time.process_time()
     found = data.find_videos(tmp_path / "list.txt")
-    assert time.process_time() - began < 4 and len(found) == 200_001 and found.labels[-1] == 7
-    assert found.name(123_456) + " 256\n" == lines[123_456] and found.labels[123_456] == 256
+    assert time.process_time() - began < 4
+    assert len(found) == 200_001
+    assert found.labels[-1] == 7
+    assert found.name(123_456) + " 256\n" == lines[123_456]
+    assert found.labels[123_456] == 256
 
 
 @parametrize("content, expected", [
@@ -1241,7 +1262,8 @@ def video_same(a, b):
 
 def test_clips_are_a_function_of_seed_epoch_and_index(video_set):
     reference = video_take(video_set, stop=12)
-    assert reference[0]["video"].shape == (4, 3, 4, 32, 32) and reference[0]["mask"].shape == (4, 6)
+    assert reference[0]["video"].shape == (4, 3, 4, 32, 32)
+    assert reference[0]["mask"].shape == (4, 6)
     assert not torch.equal(reference[0]["video"][0], reference[0]["video"][1])       # views differ
     for first, others in ((0, video_take(video_set, workers=2)), (3, video_take(video_set, start=3, stop=7))):
         assert list(map(video_same, reference[first:], others)) == [True] * 4
@@ -1250,9 +1272,12 @@ def test_clips_are_a_function_of_seed_epoch_and_index(video_set):
     assert len(clips.unique(dim=0)) > 40                                             # of 48: epochs differ
     # Unreadable videos are replaced and named.
     bad, videos = [entry for batch in reference for entry in batch["bad"]], data.find_videos(video_set)
-    assert {path for path, _ in bad} == {videos.path(4)} and len(bad) >= 4
+    assert {path for path, _ in bad} == {videos.path(4)}
+    assert len(bad) >= 4
     index, label = [torch.cat([batch[key] for batch in reference]) for key in ("index", "label")]
-    assert 4 not in index and torch.equal(label, videos.labels[index]) and clips.float().std(1).min() > 1
+    assert 4 not in index
+    assert torch.equal(label, videos.labels[index])
+    assert clips.float().std(1).min() > 1
     # Who knows already that it is unreadable makes the same of it, as a run that goes on must.
     fresh, knows = data.Clips(videos, 4, 2, 32), data.Clips(videos, 4, 2, 32)
     knows.bad = {4: bad[0][1]}
@@ -1265,14 +1290,19 @@ def test_evaluation_is_fixed_and_keeps_shapes(video_set):
     clips, other = [data.Clips(videos, 4, 2, 32, seed=seed, train=False) for seed in (1, 2)]
     for index in (1, 4):
         a, b = clips[0, index], other[7, index]
-        assert torch.equal(a["video"], b["video"]) and a["video"].shape == (1, 3, 4, 32, 32)
-    assert a["index"] == a["label"] == -1 and len(a["bad"]) == 1 and not a["video"].any()
-    assert clips[0, 5]["index"] == 5 and clips[0, 5]["label"] == 1
+        assert torch.equal(a["video"], b["video"])
+        assert a["video"].shape == (1, 3, 4, 32, 32)
+    assert a["index"] == a["label"] == -1
+    assert len(a["bad"]) == 1
+    assert not a["video"].any()
+    assert clips[0, 5]["index"] == 5
+    assert clips[0, 5]["label"] == 1
     several = data.Clips(videos, 4, 2, 32, train=False, views=(3, 3))[0, 1]["video"]
     for view, (start, x) in enumerate((s, x) for s in (0, 12, 23) for x in (0, 16, 32)):
         clip = data.read_clip(videos.path(1), 4, 2, start, (x, 0, H, H), 32)
         assert torch.equal(several[view].transpose(0, 1), clip), view
-    assert len(several) == 9 and torch.equal(several[4], clips[0, 1]["video"][0])    # one alone: the middle
+    assert len(several) == 9
+    assert torch.equal(several[4], clips[0, 1]["video"][0])    # one alone: the middle
     train = data.Clips(videos, 4, 2, 32)
     assert torch.equal(train[np.int64(3), np.int64(2)]["video"], train[3, 2]["video"])
 
@@ -1281,28 +1311,35 @@ def test_the_sampler_covers_each_epoch_once_over_the_ranks(video_set):
     batches = [list(data.EpochSampler(23, 2, rank, 2, seed=3, stop=10)) for rank in range(2)]
     for epoch in range(2):                       # of five steps
         seen = [key for rank in batches for batch in rank[epoch * 5:(epoch + 1) * 5] for key in batch]
-        assert {e for e, _ in seen} == {epoch} and len({i for _, i in seen}) == 20
+        assert {e for e, _ in seen} == {epoch}
+        assert len({i for _, i in seen}) == 20
     one = list(data.EpochSampler(23, 4, seed=3, stop=10))
-    assert [a + b for a, b in zip(*batches)] == one and one[0] != one[5]
+    assert [a + b for a, b in zip(*batches)] == one
+    assert one[0] != one[5]
     assert list(data.EpochSampler(23, 4, seed=3, start=7, stop=10)) == one[7:]
     assert list(data.EpochSampler(23, 8, repeats=2, seed=3, stop=2))[1] == one[1]
     assert data.EpochSampler(23, 4, accumulate=2).steps_per_epoch == 4
     for batch in data.EpochSampler(3, 8, seed=0, stop=2):  # few videos fill a batch by other draws
-        assert len(set(batch)) == 8 and {i % 3 for _, i in batch} == {0, 1, 2}
+        assert len(set(batch)) == 8
+        assert {i % 3 for _, i in batch} == {0, 1, 2}
     clips = data.Clips(data.find_videos(video_set), 4, 2, 32)
     a, b = clips[0, 1], clips[0, 1 + 6]
-    assert a["index"] == b["index"] == 1 and not torch.equal(a["video"], b["video"])
+    assert a["index"] == b["index"] == 1
+    assert not torch.equal(a["video"], b["video"])
 
 
 def test_frame_numbers():
     assert data.frame_numbers(100, 4, 10, 0.5) == [35, 45, 55, 65]
     places = torch.rand(4000, generator=data.seeded(0))
     drawn = [data.frame_numbers(100, 4, 10, place)[0] for place in [0, 1, *places.tolist()]]
-    assert drawn[:2] == [0, 69] and set(drawn) == set(range(70)) and abs(np.mean(drawn) - 34.5) < 1.5
+    assert drawn[:2] == [0, 69]
+    assert set(drawn) == set(range(70))
+    assert abs(np.mean(drawn) - 34.5) < 1.5
     assert data.frame_numbers(10, 4, 10, 0.9)[0] == 0  # too short: from 0 on
     assert data.frame_numbers(160, 16, 0) == list(range(5, 160, 10))  # middles of sixteen parts
     jitter = data.frame_numbers(160, 16, 0, places[:16])
-    assert [n // 10 for n in jitter] == list(range(16)) and len({n % 10 for n in jitter}) > 4
+    assert [n // 10 for n in jitter] == list(range(16))
+    assert len({n % 10 for n in jitter}) > 4
     assert data.frame_numbers(4, 8, 0) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -1315,13 +1352,21 @@ def test_crops_are_the_recipes():
     assert {(x, y) for x, y, w, h in crops if w == h == 224} == places
     x, y, w, h = np.array([data.draw_resized(data.seeded(i))(340, 256) for i in range(1000)]).T
     area, aspect = w * h / (340 * 256), np.log(w / h) / np.log(4 / 3)
-    assert 0.07 < area.min() < 0.1 and area.max() > 0.85 and 0.4 < area.mean() < 0.56
-    assert -1.05 < aspect.min() < -0.9 and 0.9 < aspect.max() < 1.05
-    assert x.min() == y.min() == 0 and (x + w).max() > 335 and (y + h).max() > 250
+    assert 0.07 < area.min() < 0.1
+    assert area.max() > 0.85
+    assert 0.4 < area.mean() < 0.56
+    assert -1.05 < aspect.min() < -0.9
+    assert 0.9 < aspect.max() < 1.05
+    assert x.min() == y.min() == 0
+    assert (x + w).max() > 335
+    assert (y + h).max() > 250
     for width, height in ((340, 256), (16, 1), (1, 16), (3, 3), (4000, 31), (31, 4000)):
         for draw in (data.draw_multi_scale, data.draw_resized):
             for x, y, w, h in [draw(data.seeded(i))(width, height) for i in range(60)]:
-                assert w >= 1 and h >= 1 and 0 <= x <= width - w and 0 <= y <= height - h
+                assert w >= 1
+                assert h >= 1
+                assert 0 <= x <= width - w
+                assert 0 <= y <= height - h
 
 
 def test_masks_of_both_davis_and_what_cannot_be_read(tmp_path):
@@ -1357,7 +1402,8 @@ def test_normalize():
     video = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1, 1)
     got = data.normalize(video)
-    assert got.dtype == torch.float32 and (got - (video.double() / 255 - mean) / std).abs().max() < 1e-5
+    assert got.dtype == torch.float32
+    assert (got - (video.double() / 255 - mean) / std).abs().max() < 1e-5
 
 
 # ============ data.py: workers ============
@@ -1404,7 +1450,9 @@ def test_videos_that_take_their_workers_along_are_left_out(monkeypatch):
     dataset, sampler = VideoDeeds({2: "SIGSEGV", 5: "hang"}), data.EpochSampler(8, 2, stop=4)
     order = [[number for _, number in batch] for batch in sampler]
     batches = list(data.load(dataset, sampler, workers=2, collate=list, prefetch=1))
-    assert len(dataset.bad) == 2 and "crashed" in dataset.bad[2] and "hung" in dataset.bad[5]
+    assert len(dataset.bad) == 2
+    assert "crashed" in dataset.bad[2]
+    assert "hung" in dataset.bad[5]
     bad = {number: f"{number}: {reason}" for number, reason in dataset.bad.items()}
     assert batches == [[bad.get(n, n) for n in batch] for batch in order]
 
@@ -1468,7 +1516,8 @@ def test_workers_end_with_the_training_process(video_set):
     try:
         for kill, sent in ((os.killpg, signal.SIGINT), (os.kill, signal.SIGKILL)):   # Ctrl-C goes to all
             workers = here.recv() if here.poll(60) else []
-            assert len(workers) == 2 and all(map(video_alive, workers))
+            assert len(workers) == 2
+            assert all(map(video_alive, workers))
             pressed, deadline = -math.inf, time.monotonic() + 20
             while any(map(video_alive, workers)) and time.monotonic() < deadline:
                 if time.monotonic() > pressed + 7:         # Python loses a Ctrl-C inside of a __del__
@@ -1529,7 +1578,8 @@ def test_prepare_keeps_layout_labels_pictures_and_continues(video_set, tmp_path,
     shutil.copytree(video_set, source)
     (source / "empty").mkdir()                   # a class all the same
     code, _, errors = video_command("prepare", source, target, "--gop", 8, "--workers", 2)
-    assert "1 unreadable" in code and "Traceback" not in errors
+    assert "1 unreadable" in code
+    assert "Traceback" not in errors
     assert "4 ü.mp4: " in (target / "unreadable.txt").read_text()
     names = ["left/0 ü.mp4", "left/1 ü.mp4", "left/2 ü.mp4", "right/3 ü.mp4", "right/5 ü.mp4"]
     assert video_found(target) == (names, [1, 1, 1, 2, 2], ["empty", "left", "right"])
@@ -1544,7 +1594,9 @@ def test_prepare_keeps_layout_labels_pictures_and_continues(video_set, tmp_path,
     other = tmp_path / "other"
     for wrong in ((source, source / "inside"), (tmp_path / "absent", other), (source, other, "--gop", 0)):
         code, _, errors = video_command("prepare", *wrong)
-        assert code == 2 and "data.py: error: " in errors and "Traceback" not in errors
+        assert code == 2
+        assert "data.py: error: " in errors
+        assert "Traceback" not in errors
 
 
 def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file, tmp_path, video_command):
@@ -1560,10 +1612,12 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
     new, flags = tmp_path / "new", ("--short-side", 64, "--workers", 1)
     assert "1 unreadable" in video_command("prepare", tmp_path / "train.csv", new, *flags)[0]
     videos = data.find_videos(new / "train.csv")
-    assert videos.labels.tolist() == [0, 1, 2] and len(list(new.rglob("*.m*"))) == 3  # no name twice
+    assert videos.labels.tolist() == [0, 1, 2]
+    assert len(list(new.rglob("*.m*"))) == 3  # no name twice
     for i, source in enumerate(sources[:3]):
         old, new = video_decode(source), video_decode(videos.path(i))
-        assert len(old) == len(new) and min(new[0].width, new[0].height) == 64
+        assert len(old) == len(new)
+        assert min(new[0].width, new[0].height) == 64
         a, b = [data.read_clip(path, 3, 1, 1, size=64).float() for path in (source, videos.path(i))]
         assert (a - b).abs().mean() < 12
         assert i or np.allclose([frame.time for frame in old], [frame.time for frame in new], atol=1e-3)
@@ -1587,9 +1641,13 @@ def test_prepare_names_what_is_cut_and_what_it_cannot_write(video_file, tmp_path
     target.mkdir()
     (target / "whole.part").write_bytes(b"another machine is at it")
     code, _, errors = video_command("prepare", source, target, "--workers", 1)
-    assert "2 unreadable" in code and "Traceback" not in errors and "%" not in errors    # no terminal, no bar
+    assert "2 unreadable" in code
+    assert "Traceback" not in errors
+    assert "%" not in errors    # no terminal, no bar
     lost = (target / "unreadable.txt").read_text().splitlines()
-    assert len(lost) == 2 and "File name too long" in lost[0] and "cut.mp4: " in lost[1]
+    assert len(lost) == 2
+    assert "File name too long" in lost[0]
+    assert "cut.mp4: " in lost[1]
     assert sorted(path.name for path in target.iterdir()) == ["unreadable.txt", "whole.mp4", "whole.part"]
     (source / "train.csv").write_text("whole.mkv 3\nwhole.mkv 3\n")
     video_command("prepare", source / "train.csv", tmp_path / "again", "--workers", 1)
@@ -1603,7 +1661,9 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
         data.write_demo(tmp_path / name, seed)
     a, b, c = [{path.relative_to(root): path.read_bytes() for path in root.rglob("0*.*")}
                for root in (tmp_path / "a", tmp_path / "b", tmp_path / "c")]
-    assert len(a) == 2 * 16 + 16 * 2 * 24 and a == b and a.keys() == c.keys()
+    assert len(a) == 2 * 16 + 16 * 2 * 24
+    assert a == b
+    assert a.keys() == c.keys()
     assert not any(a[path] == c[path] for path in a if path.suffix == ".mp4")
     with pytest.raises(ValueError, match="not the demo of seed 1"):
         data.write_demo(tmp_path / "a", 1)
@@ -1612,7 +1672,8 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     picture = np.array(Image.open(folder / "JPEGImages" / "dots-shake-00" / "00002.jpg")).mean(-1)
     mask = np.array(Image.open(folder / "Annotations" / "dots-shake-00" / "00002.png"))
     steps = np.abs(np.gradient(picture, axis=1))
-    assert set(np.unique(mask)) == {0, 1, 2} and (mask == 1).sum() > 500
+    assert set(np.unique(mask)) == {0, 1, 2}
+    assert (mask == 1).sum() > 500
     assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
 
 
@@ -1638,7 +1699,8 @@ def test_two_first_demos_at_once_and_one_that_is_killed(tmp_path):
         path.unlink()
     written, whole = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
                       for root in (tmp_path / "demo", tmp_path / "whole")]
-    assert len(whole) > 16 * 3 and written == whole
+    assert len(whole) > 16 * 3
+    assert written == whole
 
 
 # ============ train.py: pretraining ============
@@ -1819,7 +1881,9 @@ def refused(capsys, code, start, *arguments):
     with pytest.raises(SystemExit) as stopped:
         start(*arguments)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == code and len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
+    assert stopped.value.code == code, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: error: "), lines
     return lines[0]
 
 
@@ -1861,7 +1925,9 @@ def test_it_works_where_only_spawn_starts_processes(video_set, tmp_path):
     flags = run_flags(video_set, tmp_path / "run", "--steps", "2", "--workers", "1")
     done = subprocess.run([sys.executable, tmp_path / "script.py", *map(str, flags)], capture_output=True,
                           text=True, timeout=120, env={**ONE_THREAD, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0 and done.stdout.startswith("spawn") and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("spawn"), done.stderr
+    assert not done.stderr, done.stderr
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -1872,8 +1938,10 @@ def test_a_mistake_under_torchrun_is_its_last_word(videos, tmp_path):
     flags = run_flags(videos, tmp_path, "--target", "dino", "--teacher", "vits16")
     output = torchrun(tmp_path, *flags, code=1, environ=environ)
     ours = [line for line in output.splitlines() if "train.py: error: " in line]
-    assert len(ours) == 2 and all("--dino-weights" in line for line in ours), output
-    assert output.strip().splitlines()[-2] == ours[1] and "train.py\", line" not in output, output
+    assert len(ours) == 2, output
+    assert all("--dino-weights" in line for line in ours), output
+    assert output.strip().splitlines()[-2] == ours[1], output
+    assert "train.py\", line" not in output, output
 
 
 @beside
@@ -1919,7 +1987,8 @@ def test_two_processes_stop_and_resume_together(whole, videos, tmp_path):
     stopping.wait(tmp_path / "b", 3)
     stopping.send(signal.SIGTERM)
     output = stopping.end(128 + signal.SIGTERM)
-    assert "stopped after step" in output and "the same command goes on" in output
+    assert "stopped after step" in output
+    assert "the same command goes on" in output
     assert sigma.load_checkpoint(tmp_path / "b" / "checkpoint.pt")["step"] < 12
     (tmp_path / "script.py").write_text(STILL_AT_WORK)
     torchrun(tmp_path, *two, program=tmp_path / "script.py", environ={"PYTHONPATH": str(HERE)})
@@ -1936,7 +2005,9 @@ def test_disk_full_keeps_the_last_good_checkpoint(videos, tmp_path):
     Apart(*flags, 2).end()
     before = (tmp_path / "checkpoint.pt").read_bytes()
     output = Apart(*flags, 6, file_size=1 << 20).end(1)
-    assert "could not be written" in output and "make room" in output and "Traceback" not in output, output
+    assert "could not be written" in output, output
+    assert "make room" in output, output
+    assert "Traceback" not in output, output
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not (tmp_path / "checkpoint.pt.part").exists()
     assert list(losses(read_log(tmp_path))) == [1, 2, 3, 4, 5, 6]             # training went on
@@ -1962,7 +2033,9 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     peak, floor = 0.05 * 4 / 256, 1e-5 * 4 / 256
     run, = read_log(out, runs=True)
     assert json.loads((out / "log.jsonl").open().readline()) == {"run": run}          # the first line
-    assert run["lr"] == 0.05 and run["torch"] == torch.__version__ and run["device"] == "cpu"
+    assert run["lr"] == 0.05
+    assert run["torch"] == torch.__version__
+    assert run["device"] == "cpu"
     assert run["parameters"] == sum(p.numel() for p in tiny(num_prototypes=8).parameters())
     for i, record in enumerate(steps):
         assert {"clips_per_second", "data_wait", "agreement", "perplexity", "spread", "grad_norm",
@@ -1979,11 +2052,13 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     assert news == [(f"{i}", f"{mean:.3f}") for i, mean in enumerate(means, 1)]
     for name in ("preview.png", "curve.png", "prototypes.png"):
         with Image.open(out / name) as picture:
-            assert picture.width > 200 and len(picture.getcolors(10 ** 6)) > 20
+            assert picture.width > 200
+            assert len(picture.getcolors(10 ** 6)) > 20
     with Image.open(out / "preview.gif") as moving:
         assert moving.n_frames == 4
     content = sigma.load_checkpoint(out / "checkpoint.pt")
-    assert content["step"] == 12 and content["epoch"] == 6
+    assert content["step"] == 12
+    assert content["epoch"] == 6
     tiny(num_prototypes=8).load_state_dict(content["model"], strict=True)
     for more in ((), ("--steps", 3)):            # nothing is left to do
         assert run_here(videos, out, "--val", videos, *more) == log
@@ -2041,7 +2116,8 @@ def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path
     monkeypatch.setattr(train, "video_features", video_features)
     with pytest.raises(SystemExit) as stopped:
         run_here(videos, tmp_path, "--val", videos)
-    assert stopped.value.code == 128 + signal.SIGTERM and "error" not in capsys.readouterr().err
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_killed_loader_worker_and_a_full_gpu_end_in_one_line(videos, tmp_path, capsys, meddle):
@@ -2075,9 +2151,11 @@ def test_an_old_log_without_its_checkpoint_is_kept_and_lines_wait_for_room(video
     out.mkdir()
     (out / "log.jsonl").write_text('{"step": 1, "loss": 1}\n')
     log = run_here(videos, out, "--batch-size", 2, "--accumulate", 2, "--steps", 3)
-    assert list(losses(log)) == [1, 2, 3] and [r["epoch"] for r in log] == [0, 0, 1]
+    assert list(losses(log)) == [1, 2, 3]
+    assert [r["epoch"] for r in log] == [0, 0, 1]
     kept, = out.glob("log-*.jsonl")
-    assert kept.read_text() == '{"step": 1, "loss": 1}\n' and "is of no use here" in capsys.readouterr().out
+    assert kept.read_text() == '{"step": 1, "loss": 1}\n'
+    assert "is of no use here" in capsys.readouterr().out
 
 
 def spoilt(loss, how):
@@ -2092,9 +2170,11 @@ def test_a_run_that_is_not_finite_ends(videos, tmp_path, capsys, meddle, how, pr
     # One clip a step, and so many steps an epoch.
     flags = ["--precision", precision, "--batch-size", 1, "--epochs", 20, *(SAVING if steps == 5 else ())]
     line = refused(capsys, 1, run_here, videos, tmp_path, *flags)
-    assert "not finite" in line and "checkpoint.pt" in line
+    assert "not finite" in line
+    assert "checkpoint.pt" in line
     last = read_log(tmp_path)[-1]
-    assert last["step"] == good + steps and last["skipped"] == steps
+    assert last["step"] == good + steps
+    assert last["skipped"] == steps
     assert (last["loss"] is None) == (how == "loss")
     model = sigma.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
     assert all(value.isfinite().all() for value in model.values())
@@ -2121,8 +2201,10 @@ def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
     (root / "red" / "broken one.mp4").write_bytes(b"garbage")
     log, said = run_here(root, tmp_path / "run", "--epochs", 3), capsys.readouterr().out
     named, = (record["unreadable"] for record in log if "unreadable" in record)
-    assert named.endswith("broken one.mp4") and log[-1]["unreadable_videos"] == 1
-    assert said.count("broken one.mp4") == 1 and "1 of 9 videos unreadable" in said
+    assert named.endswith("broken one.mp4")
+    assert log[-1]["unreadable_videos"] == 1
+    assert said.count("broken one.mp4") == 1
+    assert "1 of 9 videos unreadable" in said
     others = [root / "red" / f"bad{i}.mp4" for i in range(200)]
     for path in others:
         path.write_bytes(b"garbage")
@@ -2165,7 +2247,8 @@ def test_another_fold_or_corrected_labels_are_another_run(videos, tmp_path, caps
     for others, labels in ((names[2:], zeros), (names[:6], [0, 0, 0, 0, 0, 1])):
         as_a_list(fold, others, labels)
         line = refused(capsys, 2, run_here, fold, out, "--steps", 2)
-        assert "names_and_labels" in line and "another --out" in line
+        assert "names_and_labels" in line
+        assert "another --out" in line
     as_a_list(root / "same.txt", names[:6], zeros)
     fold = root.rename(tmp_path / "there") / "same.txt"
     assert run_here(fold, out, "--steps", 2) == log
@@ -2198,7 +2281,8 @@ def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys
     start.unlink()                               # not needed any more
     assert losses(run_here(videos, out, *flags, 2))[2]
     assert "No such file" in refused(capsys, 2, run_here, videos, tmp_path / "new", *flags, 2)
-    assert len(read_log(out, runs=True)) == 2 and read_log(out, runs=True)[1]["from_step"] == 1
+    assert len(read_log(out, runs=True)) == 2
+    assert read_log(out, runs=True)[1]["from_step"] == 1
 
     torch.save({"model": tiny(target="pixel", loss="l2").state_dict()}, start)
     run_here(videos, tmp_path / "pixels", *flags, 1)
@@ -2214,7 +2298,8 @@ def test_a_closed_standard_output_is_no_obstacle(videos, tmp_path):
         command = [sys.executable, HERE / "train.py", *run_flags(videos, tmp_path / "run", *flags)]
         shell = ["sh", "-c", 'exec "$0" "$@" >&-', *map(str, command)]
         done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, timeout=120)
-        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
     assert losses(read_log(tmp_path / "run"))
 
 
@@ -2249,7 +2334,8 @@ def test_fp16_after_another_precision_starts_at_its_own_scale(videos, tmp_path):
     """At 1, that of the others, small gradients are 0."""
     run_here(videos, tmp_path, "--steps", 1)
     log = run_here(videos, tmp_path, "--precision", "fp16", "--steps", 2)
-    assert log[-1]["loss_scale"] > 1000 and math.isfinite(log[-1]["loss"])
+    assert log[-1]["loss_scale"] > 1000
+    assert math.isfinite(log[-1]["loss"])
 
 
 NONSENSE = {
@@ -2282,7 +2368,8 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsy
     torch.save({"cls_token": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("other.pth", "none.pth"):
         line = refused(capsys, 2, run_here, videos, tmp_path / "none", *flags, tmp_path / name)
-        assert name in line and "--dino-weights" in line
+        assert name in line
+        assert "--dino-weights" in line
 
 
 @parametrize("flags", ["", "--target dino --teacher vits16", "--target pixel"])
@@ -2294,14 +2381,16 @@ def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags, way):
     main_here("--bench", *RUN, "--steps", 1, *flags.split())
     first, speed = capsys.readouterr().out.strip().splitlines()
     rate, milliseconds = (float(re.search(p, speed)[1]) for p in (r"([\d.]+) clips/s", r"([\d.]+) ms a step"))
-    assert "1 x 4 clips of 4 frames" in first and rate * milliseconds / 1000 == pytest.approx(4, rel=0.01)
+    assert "1 x 4 clips of 4 frames" in first
+    assert rate * milliseconds / 1000 == pytest.approx(4, rel=0.01)
     assert not list(tmp_path.iterdir())
 
 
 def test_l2_and_pixel_runs_show_pictures_without_prototypes(videos, tmp_path):
     for target in ("pixel", "mlp"):
         log = run_here(videos, tmp_path / target, "--target", target, "--loss", "l2", "--steps", 1)
-        assert ("spread" in log[-1]) == (target == "mlp") and (tmp_path / target / "preview.gif").exists()
+        assert ("spread" in log[-1]) == (target == "mlp")
+        assert (tmp_path / target / "preview.gif").exists()
         assert not (tmp_path / target / "prototypes.png").exists()
 
 
@@ -2334,7 +2423,8 @@ def test_overlap_counts_pixels_and_clusters_find_their_objects():
     truth = torch.tensor([0, 0, 1, 1, 0, 1])[:, None, None].expand(6, 2, 2)     # tube t: frames 2t and 2t + 1
     assert train.overlap(truth, torch.tensor([[[0]], [[1]], [[2]]]), 3).tolist() == [[8, 0, 4], [0, 8, 4]]
     mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0], [0, 0, 8], [2, 6, 0]]))
-    assert columns == [0, 2, 1] and mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
+    assert columns == [0, 2, 1]
+    assert mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
     assert train.match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
     assert len(set(train.match_one_to_one(torch.randint(30, (3, 6)))[1])) == 3       # no cluster twice
     # Clusters 0 and 1 -> object 0, 2 and 3 -> object 1; an object without a cluster counts 0.
@@ -2348,7 +2438,8 @@ def test_kmeans_finds_separate_points():
     x = 20 * torch.eye(6)[truth] + torch.randn(180, 6, generator=data.seeded(1))
     for seed in range(5):
         cluster = train.kmeans(x, 6, seed, restarts=1)
-        assert len({(int(a), int(b)) for a, b in zip(truth, cluster)}) == 6 and len(cluster.unique()) == 6
+        assert len({(int(a), int(b)) for a, b in zip(truth, cluster)}) == 6
+        assert len(cluster.unique()) == 6
     x = torch.randn(200, 3, generator=data.seeded(2))        # no clusters: each is nearest to its own mean
     cluster = train.kmeans(x, 4, 3)
     means = torch.stack([x[cluster == k].mean(dim=0) for k in range(4)])
@@ -2414,10 +2505,14 @@ def test_augmentation_is_one_draw_for_all_frames():
     for flip, seed in itertools.product((True, False), range(60)):
         torch.manual_seed(seed)
         out = train.augmentation(flip)(still.repeat(5, 1, 1, 1))
-        assert out.shape == (5, 3, 24, 24) and out.dtype == torch.uint8 and (out == out[:1]).all(), seed
+        assert out.shape == (5, 3, 24, 24), seed
+        assert out.dtype == torch.uint8, seed
+        assert (out == out[:1]).all(), seed
         changed += not torch.equal(out[0], still)
         mirrored[flip] += torch.equal(out[0], still.flip(-1))
-    assert changed > 80 and mirrored[True] > 0 and mirrored[False] == 0
+    assert changed > 80
+    assert mirrored[True] > 0
+    assert mirrored[False] == 0
 
 
 @parametrize("flags, expected", [
@@ -2543,7 +2638,8 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(world, tmp_path):
         assert re.search(r"knn at step 7: top1 [\d.]+, videos 80\nlinear at step 7: top1 ", text), text
         assert text.count("unreadable: ") == 1, text  # though both ranks read it
         found.append([(record["eval"], record["step"], record["top1"]) for record in read_log(out)])
-    assert found[0] == found[1] and [record[:2] for record in found[0]] == [("knn", 7), ("linear", 7)]
+    assert found[0] == found[1]
+    assert [record[:2] for record in found[0]] == [("knn", 7), ("linear", 7)]
     # Fine-tuned from scratch, with clips that are spread over the video.
     flags = ["--stride", 0, "--batch-size", 3, "--steps", 1, "--out", tmp_path / "o"]
     Apart("--finetune", "none", "--size", "tiny", *eval_flags(world / "videos"), *flags, world=2).end()
@@ -2555,7 +2651,9 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
              "--warmup-epochs", 1, "--out"]
     main_here(*flags, tmp_path / "whole")
     log = read_log(tmp_path / "whole")
-    assert log[-1]["eval"] == "finetune" and log[-1]["step"] == 4 and log[-1]["videos"] == 8
+    assert log[-1]["eval"] == "finetune"
+    assert log[-1]["step"] == 4
+    assert log[-1]["videos"] == 8
     assert 0 <= log[-1]["top1"] <= log[-1]["top5"] == 100
     main_here(*flags, tmp_path / "parts", "--steps", 3, "--recompute")
     main_here(*flags, tmp_path / "parts")
@@ -2563,7 +2661,8 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
     content = torch.load(tmp_path / "whole/checkpoint.pt")
     before, after = (part["model"]["encoder.blocks.1.mlp.fc1.weight"]
                      for part in (torch.load(world / "ours.pt"), content))
-    assert len(losses(log)) == 4 and 0 < (after - before).abs().max() < 0.1
+    assert len(losses(log)) == 4
+    assert 0 < (after - before).abs().max() < 0.1
     assert content["classes"] == ["blue", "red"]
     # Known by its weights: the same elsewhere goes on, others do not, and in the end none are needed.
     moved = shutil.copy(world / "ours.pt", tmp_path / "moved.pt")
@@ -2581,7 +2680,8 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     clips, truths, features, overlap, kmeans = [], [], SIGMA.features, train.overlap, train.kmeans
 
     def checked(x, *more):
-        assert x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        assert x.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
         return kmeans(x, *more)
     monkeypatch.setattr(train, "kmeans", checked)
     monkeypatch.setattr(SIGMA, "features", lambda *given: (clips.append(given[1]), features(*given))[1])
@@ -2589,12 +2689,15 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     flags = "--data", world / "davis", "--out", tmp_path / "davis", "--precision", "bf16"
     main_here("--segment", world / "ours.pt", *flags)
     record, = read_log(tmp_path / "davis")
-    assert record["eval"] == "segment" and record["step"] == 7 and record["clips"] == 2      # of val.txt
+    assert record["eval"] == "segment"
+    assert record["step"] == 7
+    assert record["clips"] == 2      # of val.txt
     assert 0 < record["miou"] < record["miou_overclustering"] <= 100
     for name in ("segments", "prototypes"):
         assert Image.open(tmp_path / "davis" / f"{name}.png").size[0] > 300
     # blue0 without its first frame, and red1; the whole picture is squeezed.
-    assert np.array_equal(truths[0][:, 1:], disc("blue", 0)[1][2:, 1:]) and (truths[0][:, 0] == -1).all()
+    assert np.array_equal(truths[0][:, 1:], disc("blue", 0)[1][2:, 1:])
+    assert (truths[0][:, 0] == -1).all()
     assert np.array_equal(truths[-1][:, 1:], disc("red", 5)[1][1:5, 1:])
     inside = F.interpolate(truths[-1][None].float(), (32, 32), mode="nearest-exact")[0] > 0
     assert ((clips[1][0, 0] > 1) == inside).float().mean() > 0.97
@@ -2611,7 +2714,8 @@ def test_the_readme_names_what_there_is():
     named = re.findall(r"`([A-Za-z_.]+)`", cells)
     for name in named:
         owner, _, member = name.partition(".")
-        assert hasattr(sigma, owner) and (not member or hasattr(tiny(), member)), name
+        assert hasattr(sigma, owner), name
+        assert not member or hasattr(tiny(), member), name
     assert len(named) > 8
     assert all((HERE / link).exists() for link in re.findall(r"\]\(([a-z_]+[./][\w./]+)\)", readme))
 
