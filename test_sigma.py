@@ -117,7 +117,6 @@ def test_sinkhorn_equals_float64(n, k, eps, iterations):
     q = sinkhorn(scores.requires_grad_(), eps, iterations)
     assert_float64(q, scores.detach(), eps, iterations)
     assert not q.requires_grad
-    assert_close(q.sum(dim=1), torch.ones(n))
     if iterations == 200:
         assert_close(q.sum(dim=0), torch.full((k,), n / k), atol=1e-2, rtol=1e-3)
 
@@ -164,8 +163,6 @@ def test_the_examples_in_docstrings_are_true():
     found = doctest.testmod(sigma, extraglobs={"torch": torch})
     assert found.attempted >= 3
     assert found.failed == 0
-    scores = torch.tensor([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.6, 0.5]])
-    assert_close(sinkhorn(scores, eps=0.1).sum(dim=0), torch.tensor([2.0, 2.0]), atol=0.01, rtol=0)
 
 
 # ============ sigma.py: the model ============
@@ -328,12 +325,11 @@ def test_two_forward_passes_before_one_backward_pass():
     assert model.prototypes.grad.norm() > 0
 
 
-@parametrize("assignment", ["hard", "soft"])
-def test_the_loss_that_the_model_holds_can_be_compiled(assignment):
+def test_the_loss_that_the_model_holds_can_be_compiled():
     """The graph is traced and differentiated by PyTorch's compiler, but run without generated code."""
     results = []
     for compiled in (False, True):
-        model = tiny(assignment=assignment)
+        model = tiny()
         if compiled:
             model.loss_fn = torch.compile(model.loss_fn, backend="aot_eager", dynamic=False)
         for seed in range(2):
@@ -433,19 +429,23 @@ def test_assign_and_features():
 
 @VARIANTS
 def test_every_parameter_learns_and_recomputing_changes_no_number_and_keeps_less(settings):
-    results, kept = [], []
-    for recompute in (False, True):
-        model, sizes = tiny(recompute=recompute, **settings), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+    results, kept = [], {False: 0, True: 0}
+
+    def count(x):
+        kept[recompute] += x.numel()
+        return x
+
+    for recompute in kept:
+        model = tiny(recompute=recompute, **settings)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             loss, _ = model(*tiny_batch())
         loss.backward()
         unused = {"prototypes"} if settings.get("loss") == "l2" else set()
         gradients = {name: p.grad for name, p in model.named_parameters() if name not in unused}
         assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients.values())
         results.append([loss.detach(), *gradients.values()])
-        kept.append(sum(sizes))
     assert_close(*results)
-    assert kept[1] < 0.7 * kept[0]
+    assert kept[True] < 0.7 * kept[False]
     # No shape and no step depends on values: without storage whatever asks for one raises.
     mask = tiny_batch()[1]
     with torch.device("meta"):
@@ -468,9 +468,7 @@ def test_models_and_inputs_that_make_no_sense_are_refused_in_one_line():
     for clips, hidden, message in (
             (video[:, :, :2], mask, r"frames.*\(4, 3, 2, 32, 32\).*\(4, 3, 4, 32, 32\)"),
             (video, mask[:, :16], r"mask.*\(4, 16\) instead of \(4, 32\)$"),
-            (video, mask[:2], r"\(2, 32\)"),
-            (video, of_frames, "frames instead of steps"),
-            (video[0], mask, "video"), (video, mask[0], "mask"),
+            (video, of_frames, "frames instead of steps"), (video, mask[0], "mask"),
             (video, uneven, "equally many masked tubes"), (video, mask & ~mask, "equally many"),
             (video, mask | ~mask, "equally many")):
         with pytest.raises(ValueError, match=message):
@@ -642,37 +640,34 @@ def run_rank(rank, folder, scores):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    plan, steps = sinkhorn(scores[:30] if rank == 0 else scores[30:]), {}
-    for assignment in ("hard", "soft"):
-        model = tiny(assignment=assignment)
-        if rank == 1:
-            torch.nn.init.normal_(model.mask_token)  # DDP must hand out rank 0's weights
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        loss, stats = model(*(half.chunk(2)[rank] for half in tiny_batch()))
-        loss.backward()
-        gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
-        steps[assignment] = loss.detach(), stats, gradients
-    torch.save((plan, steps), f"{folder}/result{rank}")
+    plan = sinkhorn(scores[:30] if rank == 0 else scores[30:])
+    model = tiny(assignment="soft")
+    if rank == 1:
+        torch.nn.init.normal_(model.mask_token)  # DDP must hand out rank 0's weights
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    loss, stats = model(*(half.chunk(2)[rank] for half in tiny_batch()))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
+    torch.save((plan, loss.detach(), stats, gradients), f"{folder}/result{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_with_half_the_clips_equal_one_with_all(tmp_path):
-    """Sinkhorn also where their halves differ in size."""
+    """Sinkhorn also where their halves differ in size. A soft plan shows every error in it."""
     scores = unit_scores(90, 12)
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path), scores), nprocs=2)
-    plans, steps = zip(*(torch.load(tmp_path / f"result{rank}") for rank in range(2)))
+    torch.multiprocessing.start_processes(run_rank, (tmp_path, scores), 2, start_method=data.START_METHOD)
+    results = [torch.load(tmp_path / f"result{rank}") for rank in range(2)]
+    plans, losses, statistics, gradients = zip(*results)
     assert_float64(torch.cat(plans), scores)
-    for assignment in ("hard", "soft"):
-        model = tiny(assignment=assignment)
-        loss, stats = model(*tiny_batch())
-        loss.backward()
-        first, second = (theirs[assignment] for theirs in steps)
-        assert (first[0] + second[0]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
-        for _, theirs, gradients in (first, second):
-            for name in ("perplexity", "spread"):  # over all ranks already
-                assert theirs[name].item() == pytest.approx(stats[name].item(), rel=1e-4)
-            for name, parameter in model.named_parameters():
-                assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+    model = tiny(assignment="soft")
+    loss, stats = model(*tiny_batch())
+    loss.backward()
+    assert_close(sum(losses) / 2, loss.detach(), atol=0, rtol=1e-5)
+    for rank in range(2):
+        for name in ("perplexity", "spread"):    # over all ranks already
+            assert_close(statistics[rank][name], stats[name], atol=0, rtol=1e-4)
+        for name, parameter in model.named_parameters():
+            assert_close(gradients[rank][name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 # ============ data.py: making videos ============
@@ -706,9 +701,9 @@ def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=N
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pictures = [video_paint(n) for n in range(N)] if pictures is None else pictures
     with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
-        stream = file.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+        height, width = pictures[0].shape[:2]
+        stream = file.add_stream(codec, 25, options or {}, width=width, height=height, pix_fmt=pix_fmt)
+        stream.codec_context.thread_count = 1
         bframes = (options or {}).get("bf", 3 if codec.startswith("libx26") else 0)
         stream.codec_context.max_b_frames = int(bframes)
         if times:
@@ -784,14 +779,10 @@ def video_decode(path):
         return list(container.decode(container.streams.best("video")))
 
 
-def video_all(width, height):
-    """A crop: the whole picture."""
-    return 0, 0, width, height
-
-
 def video_check(path, starts=None, stride=1):
     """Three frames from every start (or these) are those of a plain decode, bit for bit -> its length."""
     frames, graph = video_decode(path), av.filter.Graph()
+    crop = 0, 0, frames[0].width, frames[0].height                 # the whole picture
     shape = dict(width=frames[0].width, height=frames[0].height, format=frames[0].format.name)
     deep = [("format", "yuv444p16le")] if frames[0].format.components[0].bits > 8 else []
     filters = [*deep, ("scale", "32:32:flags=bilinear"), ("format", "gbrp"), ("buffersink",)]
@@ -800,7 +791,7 @@ def video_check(path, starts=None, stride=1):
     truth = np.stack([(graph.push(frame), graph.pull().to_ndarray())[1] for frame in frames])
     for start in starts or range(0, len(truth), 2):
         numbers = [min(start + i * stride, len(truth) - 1) for i in range(3)]
-        got = data.read_clip(path, 3, stride, start, crop=video_all, size=32).permute(0, 2, 3, 1)
+        got = data.read_clip(path, 3, stride, start, crop, size=32).permute(0, 2, 3, 1)
         assert np.array_equal(got, truth[numbers]), (path, start)
     return len(truth)
 
@@ -1002,9 +993,8 @@ def test_beyond_the_end_is_the_last_frame(tmp_path):
 @parametrize("name", ["cover.mkv", "cover.mp4"])
 def test_a_still_picture_first_is_not_the_video(tmp_path, name):
     with av.open(str(tmp_path / name), "w") as file:
-        still, moving = file.add_stream("mjpeg", rate=25), file.add_stream("libx264", rate=25)
-        still.width, still.height, still.pix_fmt = W, H, "yuvj420p"
-        moving.width, moving.height, moving.pix_fmt = W, H, "yuv420p"
+        still = file.add_stream("mjpeg", rate=25, width=W, height=H, pix_fmt="yuvj420p")
+        moving = file.add_stream("libx264", rate=25, width=W, height=H, pix_fmt="yuv420p")
         still.disposition = av.stream.Disposition.attached_pic.value
         for stream, numbers in ((still, [99]), (moving, range(20))):
             for n in numbers:
@@ -1062,7 +1052,6 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
     good = Path(video_write(tmp_path / "good.mp4", options=X264)).read_bytes()
     contents = {"empty.mp4": b"", "garbage.mp4": np.random.default_rng(0).bytes(20000),
                 "headless.mp4": good[len(good) // 2:], "list.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
-                "pipes.mp4": b"ffconcat version 1.0\nfile pipe.mp4\n",
                 "stream.mp4": b"#EXTM3U\n#EXTINF:3,\ngood.mp4\n#EXT-X-ENDLIST\n"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -1074,6 +1063,7 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
         frame.rate, frame.pts = 44100, 0
         container.mux(stream.encode(frame) + stream.encode())
     Image.fromarray(RAMP).save(tmp_path / "picture.mp4", format="png")
+    hints = {"dir.mp4": "folders of frames", "picture.mp4": "picture"}
     for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "picture.mp4", "absent.mp4", "good.mp4"]:
         if name == "good.mp4":
             monkeypatch.setattr(data, "MAX_PIXELS", 100 * 100)  # a header may ask for any amount of memory
@@ -1083,8 +1073,7 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
         assert "\n" not in text, name
         assert str(tmp_path) not in text, name
         assert len(text) > 5, name
-        assert "folders of frames" in text or name != "dir.mp4"
-        assert "picture" in text or name != "picture.mp4"
+        assert hints.get(name, "") in text
     for arguments in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
         with pytest.raises(ValueError):
             data.read_clip(tmp_path / "good.mp4", **arguments)
@@ -1192,7 +1181,6 @@ def test_folders(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match="splits.*set/train"):
         video_found(tmp_path / "set")
-    assert video_found(tmp_path / "set" / "train") == (["a/1.mp4"], [0], ["a"])
 
 
 def test_200_000_lines_take_seconds(tmp_path):
@@ -1302,7 +1290,7 @@ def test_evaluation_is_fixed_and_keeps_shapes(video_set):
         clip = data.read_clip(videos.path(1), 4, 2, start, (x, 0, H, H), 32)
         assert torch.equal(several[view].transpose(0, 1), clip), view
     assert len(several) == 9
-    assert torch.equal(several[4], clips[0, 1]["video"][0])    # one alone: the middle
+    assert torch.equal(several[4], clips[0, 1]["video"][0])  # one alone: the middle
     train = data.Clips(videos, 4, 2, 32)
     assert torch.equal(train[np.int64(3), np.int64(2)]["video"], train[3, 2]["video"])
 
@@ -1346,7 +1334,7 @@ def test_frame_numbers():
 def test_crops_are_the_recipes():
     crops = {data.draw_multi_scale(data.seeded(i))(340, 256) for i in range(2000)}
     sides = (256, 224, 192, 168)
-    shapes = {(a, b) for i, a in enumerate(sides) for b in sides[max(0, i - 1):i + 2]}
+    shapes = {(a, b) for a in sides for b in sides if abs(a - b) <= 32}                # equal, or neighbours
     places = {(29 * a, 8 * b) for a in range(5) for b in range(5) if a % 2 == b % 2}  # of 224 x 224
     assert {(w, h) for _, _, w, h in crops} == shapes
     assert {(x, y) for x, y, w, h in crops if w == h == 224} == places
@@ -1363,10 +1351,8 @@ def test_crops_are_the_recipes():
     for width, height in ((340, 256), (16, 1), (1, 16), (3, 3), (4000, 31), (31, 4000)):
         for draw in (data.draw_multi_scale, data.draw_resized):
             for x, y, w, h in [draw(data.seeded(i))(width, height) for i in range(60)]:
-                assert w >= 1
-                assert h >= 1
-                assert 0 <= x <= width - w
-                assert 0 <= y <= height - h
+                assert 0 <= x < x + w <= width
+                assert 0 <= y < y + h <= height
 
 
 def test_masks_of_both_davis_and_what_cannot_be_read(tmp_path):
@@ -1518,7 +1504,7 @@ def test_workers_end_with_the_training_process(video_set):
             workers = here.recv() if here.poll(60) else []
             assert len(workers) == 2
             assert all(map(video_alive, workers))
-            pressed, deadline = -math.inf, time.monotonic() + 20
+            pressed, deadline = -math.inf, time.monotonic() + 60
             while any(map(video_alive, workers)) and time.monotonic() < deadline:
                 if time.monotonic() > pressed + 7:         # Python loses a Ctrl-C inside of a __del__
                     pressed = time.monotonic()
@@ -1566,21 +1552,35 @@ def video_command(monkeypatch, capfd):
     """video_command("prepare", ...) -> what data.py exits with (code, or text for code 1), output, errors."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        code = 0
         try:
-            return data.main(), *capfd.readouterr()
+            data.main()
         except SystemExit as stop:
-            return stop.code, *capfd.readouterr()
+            code = stop.code
+        output, errors = capfd.readouterr()
+        assert "Traceback" not in errors
+        return code, output, errors
     return run
 
 
-def test_prepare_keeps_layout_labels_pictures_and_continues(video_set, tmp_path, video_command):
+def test_prepare_keeps_a_folder_and_names_what_it_leaves_out(video_set, video_file, tmp_path, video_command):
+    """Unreadable, cut off or of a name that is too long. Run again, it makes what is missing."""
     source, target = tmp_path / "old", tmp_path / "new"
     shutil.copytree(video_set, source)
     (source / "empty").mkdir()                   # a class all the same
+    shutil.copy(video_file("opengop.ts"), source / "left" / ("a" * 252 + ".ts"))
+    content = Path(video_file("flat.mp4")).read_bytes()
+    (source / "right" / "cut.mp4").write_bytes(content[:len(content) * 2 // 3])
+    other = target / "left" / "0 ü.part"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another machine is at it")
     code, _, errors = video_command("prepare", source, target, "--gop", 8, "--workers", 2)
-    assert "1 unreadable" in code
-    assert "Traceback" not in errors
-    assert "4 ü.mp4: " in (target / "unreadable.txt").read_text()
+    assert "3 unreadable" in code
+    assert "%" not in errors                     # no terminal, no bar
+    lost = (target / "unreadable.txt").read_text().splitlines()
+    for line, words in zip(lost, ("File name too long", "4 ü.mp4: ", "cut.mp4: "), strict=True):
+        assert words in line
+    assert list(target.rglob("*.part")) == [other]
     names = ["left/0 ü.mp4", "left/1 ü.mp4", "left/2 ü.mp4", "right/3 ü.mp4", "right/5 ü.mp4"]
     assert video_found(target) == (names, [1, 1, 1, 2, 2], ["empty", "left", "right"])
     assert video_whole(target / names[3], 10, 3, 0) == list(range(0, 30, 3))
@@ -1596,7 +1596,6 @@ def test_prepare_keeps_layout_labels_pictures_and_continues(video_set, tmp_path,
         code, _, errors = video_command("prepare", *wrong)
         assert code == 2
         assert "data.py: error: " in errors
-        assert "Traceback" not in errors
 
 
 def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file, tmp_path, video_command):
@@ -1623,43 +1622,21 @@ def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file
         assert i or np.allclose([frame.time for frame in old], [frame.time for frame in new], atol=1e-3)
     assert new[0].width > new[0].height
     path = tmp_path / "new" / "here.csv"         # the new videos would be the old ones
-    path.write_text("../vfr.mp4\n")
+    path.write_text("../vfr.mp4 3\n../vfr.mp4 3\n")
     assert "must lie outside" in video_command("prepare", path, tmp_path)[2]
     video_command("prepare", path, tmp_path / "again", *flags)
-    assert (tmp_path / "again" / "here.csv").read_text() == "vfr.mp4\n"
-
-
-def test_prepare_names_what_is_cut_and_what_it_cannot_write(video_file, tmp_path, video_command):
-    """It goes on with the others, and another machine may work on the same folder."""
-    source, target = tmp_path / "old", tmp_path / "new"
-    source.mkdir()
-    names = {"cut.mp4": "flat.mp4", "whole.mkv": "vfr.mkv", "a" * 252 + ".ts": "opengop.ts"}
-    for name, original in names.items():
-        shutil.copy(video_file(original), source / name)
-    content = (source / "cut.mp4").read_bytes()
-    (source / "cut.mp4").write_bytes(content[:len(content) * 2 // 3])
-    target.mkdir()
-    (target / "whole.part").write_bytes(b"another machine is at it")
-    code, _, errors = video_command("prepare", source, target, "--workers", 1)
-    assert "2 unreadable" in code
-    assert "Traceback" not in errors
-    assert "%" not in errors    # no terminal, no bar
-    lost = (target / "unreadable.txt").read_text().splitlines()
-    assert len(lost) == 2
-    assert "File name too long" in lost[0]
-    assert "cut.mp4: " in lost[1]
-    assert sorted(path.name for path in target.iterdir()) == ["unreadable.txt", "whole.mp4", "whole.part"]
-    (source / "train.csv").write_text("whole.mkv 3\nwhole.mkv 3\n")
-    video_command("prepare", source / "train.csv", tmp_path / "again", "--workers", 1)
-    assert (tmp_path / "again" / "train.csv").read_text() == "whole.mp4 3\nwhole.mp4 3\n"
+    assert (tmp_path / "again" / "here.csv").read_text() == "vfr.mp4 3\nvfr.mp4 3\n"
 
 
 def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
+    """Also where two fill a folder at once, in which a first one was stopped at its first mask."""
     monkeypatch.setattr(data, "DEMO_TRAIN", 1)
     monkeypatch.setattr(data, "DEMO_VAL", 1)
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        data.write_demo(tmp_path / name, seed)
-    a, b, c = [{path.relative_to(root): path.read_bytes() for path in root.rglob("0*.*")}
+    with mock.patch.object(Image, "fromarray", side_effect=OSError("stopped")), pytest.raises(OSError):
+        data.write_demo(tmp_path / "a", 0)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(data.write_demo, [tmp_path / name for name in "aabc"], [0, 0, 0, 1]))
+    a, b, c = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.[jmp]*")}
                for root in (tmp_path / "a", tmp_path / "b", tmp_path / "c")]
     assert len(a) == 2 * 16 + 16 * 2 * 24
     assert a == b
@@ -1675,32 +1652,6 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     assert set(np.unique(mask)) == {0, 1, 2}
     assert (mask == 1).sum() > 500
     assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
-
-
-def video_demo(directory):
-    data.DEMO_TRAIN, data.DEMO_VAL = 2, 1
-    data.write_demo(directory)
-
-
-def test_two_first_demos_at_once_and_one_that_is_killed(tmp_path):
-    killed, *both = [FORKED.Process(target=video_demo, args=(tmp_path / "demo",)) for _ in range(3)]
-    killed.start()
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("demo/train/*/*.mp4")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.kill()
-    killed.join()
-    assert 0 < len(list(tmp_path.rglob("*.mp4"))) < 16 * 3
-    for process in both:                         # they go on from there
-        process.start()
-    assert [process.join(60) or process.exitcode for process in both] == [0, 0]
-    video_demo(tmp_path / "whole")
-    for path in tmp_path.rglob("*.part"):        # the killed one's
-        path.unlink()
-    written, whole = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
-                      for root in (tmp_path / "demo", tmp_path / "whole")]
-    assert len(whole) > 16 * 3
-    assert written == whole
 
 
 # ============ train.py: pretraining ============
@@ -1887,6 +1838,10 @@ def refused(capsys, code, start, *arguments):
     return lines[0]
 
 
+def saved_step(out):
+    return sigma.load_checkpoint(out / "checkpoint.pt")["step"]
+
+
 def read_log(out, runs=False):
     """The objects of log.jsonl: with `runs` what it says of its runs, else all others."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -1989,7 +1944,7 @@ def test_two_processes_stop_and_resume_together(whole, videos, tmp_path):
     output = stopping.end(128 + signal.SIGTERM)
     assert "stopped after step" in output
     assert "the same command goes on" in output
-    assert sigma.load_checkpoint(tmp_path / "b" / "checkpoint.pt")["step"] < 12
+    assert saved_step(tmp_path / "b") < 12
     (tmp_path / "script.py").write_text(STILL_AT_WORK)
     torchrun(tmp_path, *two, program=tmp_path / "script.py", environ={"PYTHONPATH": str(HERE)})
     Apart(*one, world=2).end()
@@ -2012,7 +1967,7 @@ def test_disk_full_keeps_the_last_good_checkpoint(videos, tmp_path):
     assert not (tmp_path / "checkpoint.pt.part").exists()
     assert list(losses(read_log(tmp_path))) == [1, 2, 3, 4, 5, 6]             # training went on
     Apart(*flags, 6).end()                       # room again: the same command
-    assert sigma.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+    assert saved_step(tmp_path) == 6
     assert list(losses(read_log(tmp_path))) == [1, 2, 3, 4, 5, 6]
 
 
@@ -2059,7 +2014,6 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     content = sigma.load_checkpoint(out / "checkpoint.pt")
     assert content["step"] == 12
     assert content["epoch"] == 6
-    tiny(num_prototypes=8).load_state_dict(content["model"], strict=True)
     for more in ((), ("--steps", 3)):            # nothing is left to do
         assert run_here(videos, out, "--val", videos, *more) == log
 
@@ -2084,7 +2038,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole, videos, tmp_path, ca
         run_here(*flags, "--recompute")
     assert stopped.value.code == 128 + signal.SIGINT
     assert "stopped after step 3" in capsys.readouterr().out
-    assert sigma.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert saved_step(tmp_path) == 3
     run_here(*flags)
     same_run(tmp_path, whole.out)
 
@@ -2130,7 +2084,7 @@ def test_a_killed_loader_worker_and_a_full_gpu_end_in_one_line(videos, tmp_path,
     meddle(kill_a_worker)
     flags = [videos, tmp_path, "--epochs", 100000, "--workers"]
     assert "worker" in refused(capsys, 1, run_here, *flags, 1)
-    assert sigma.load_checkpoint(tmp_path / "checkpoint.pt")["step"] >= 5
+    assert saved_step(tmp_path) >= 5
     meddle(mock.Mock(side_effect=torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nmore")))
     assert "2.00 GiB" in refused(capsys, 1, run_here, *flags, 0)
 
@@ -2209,14 +2163,13 @@ def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
     for path in others:
         path.write_bytes(b"garbage")
     assert "in a row failed" in refused(capsys, 1, run_here, root, out, "--epochs", 30)
-    stopped = sigma.load_checkpoint(out / "checkpoint.pt")["step"]
+    stopped = saved_step(out)
     for path in others:                          # repaired, the run goes on
         shutil.copy(videos / "red" / "1.mp4", path)
     assert losses(run_here(root, out, "--epochs", 30, "--steps", stopped + 2))[stopped + 2]
     (tmp_path / "list.txt").write_text("absent.mp4\nneither.mp4\n")
-    for workers in (0, 1):
-        flags = tmp_path / "list.txt", tmp_path / f"absent{workers}", "--workers", workers
-        assert "in a row failed; the last: " in refused(capsys, 1, run_here, *flags)
+    flags = tmp_path / "list.txt", tmp_path / "absent", "--workers", 1
+    assert "in a row failed; the last: " in refused(capsys, 1, run_here, *flags)
 
 
 def test_folders_that_do_not_fit_are_refused_and_kept(whole, videos, tmp_path, capsys):
@@ -2311,10 +2264,9 @@ def test_colours_are_the_three_principal_components():
     colours = train.principal_colours(tokens).flatten(0, 1).numpy()
     for i in range(3):
         component = (rows - rows.mean(axis=0)) @ vectors[:, -1 - i]
-        expected = 127.5 + 63.75 * component / component.std()
-        if expected @ colours[:, i] < (255 - expected) @ colours[:, i]:
-            expected = 255 - expected
-        assert np.allclose(colours[:, i], expected.clip(0, 255), atol=0.5)
+        expected = (63.75 * component / component.std()).clip(-127.5, 127.5)
+        found = colours[:, i] - 127.5
+        assert np.allclose(found, expected * np.sign(found @ expected), atol=0.5)
 
 
 def test_compile_reaches_every_block_and_the_loss(monkeypatch):
@@ -2373,11 +2325,8 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsy
 
 
 @parametrize("flags", ["", "--target dino --teacher vits16", "--target pixel"])
-@parametrize("way", ["ours", "the release's"])
-def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags, way):
+def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    if way != "ours":
-        as_the_release(monkeypatch)
     main_here("--bench", *RUN, "--steps", 1, *flags.split())
     first, speed = capsys.readouterr().out.strip().splitlines()
     rate, milliseconds = (float(re.search(p, speed)[1]) for p in (r"([\d.]+) clips/s", r"([\d.]+) ms a step"))
@@ -2395,10 +2344,9 @@ def test_l2_and_pixel_runs_show_pictures_without_prototypes(videos, tmp_path):
 
 
 def test_knn_is_the_definition():
-    generator, right = data.seeded(0), 0
-    (bank, queries), (bank_labels, labels) = (
-        [draw(n) for n in (60, 30)] for draw in (lambda n: torch.randn(n, 5, generator=generator),
-                                                 lambda n: torch.randint(4, (n,), generator=generator)))
+    right = 0
+    bank, queries = torch.randn(90, 5, generator=data.seeded(0)).split([60, 30])
+    bank_labels, labels = torch.randint(4, (90,), generator=data.seeded(1)).split([60, 30])
     for query, label in zip(queries, labels):
         similarity = [float(F.cosine_similarity(query, row, dim=0)) for row in bank]
         nearest = sorted(range(60), key=lambda i: -similarity[i])[:20]
@@ -2416,17 +2364,16 @@ def test_knn_is_the_definition():
 # ============ train.py: evaluation ============
 
 def test_overlap_counts_pixels_and_clusters_find_their_objects():
-    truth = torch.zeros(2, 4, 4, dtype=torch.long)
-    truth[:, :2, :2], truth[:, 3, 3] = 1, -1     # object 1 in a quarter; a pixel to be ignored
-    clusters = torch.tensor([[[1, 0], [0, 2]]])  # one tube in time, 2 x 2
-    assert train.overlap(truth, clusters, 4).tolist() == [[16, 0, 6, 0], [0, 8, 0, 0]]
-    truth = torch.tensor([0, 0, 1, 1, 0, 1])[:, None, None].expand(6, 2, 2)     # tube t: frames 2t and 2t + 1
-    assert train.overlap(truth, torch.tensor([[[0]], [[1]], [[2]]]), 3).tolist() == [[8, 0, 4], [0, 8, 4]]
-    mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0], [0, 0, 8], [2, 6, 0]]))
+    truth = torch.zeros(4, 4, 4, dtype=torch.long)
+    truth[:2, :2, :2] = 1                        # object 1 in a quarter of the first tube's two frames
+    truth[:2, 3, 3] = -1                         # a pixel to be ignored
+    truth[3] = 1
+    clusters = torch.tensor([[[1, 0], [0, 2]], [[3, 3], [3, 3]]])
+    assert train.overlap(truth, clusters, 5).tolist() == [[16, 0, 6, 16, 0], [0, 8, 0, 16, 0]]
+    mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0, 0], [0, 0, 8, 0], [2, 6, 0, 0]]))
     assert columns == [0, 2, 1]
     assert mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
     assert train.match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
-    assert len(set(train.match_one_to_one(torch.randint(30, (3, 6)))[1])) == 3       # no cluster twice
     # Clusters 0 and 1 -> object 0, 2 and 3 -> object 1; an object without a cluster counts 0.
     mean = train.match_many_to_one(torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]]))
     assert mean == pytest.approx((19 / (20 + 21 - 19) + 10 / (12 + 11 - 10)) / 2)
@@ -2449,15 +2396,14 @@ def test_kmeans_finds_separate_points():
 
 
 def test_linear_probe_on_known_data():
-    generator, labels, test_labels = data.seeded(0), torch.arange(300) % 5, torch.arange(100) % 5
-    means = torch.randn(5, 12, generator=generator)
-    bank, queries = (means[y] + 0.1 * torch.randn(len(y), 12, generator=generator)
-                     for y in (labels, test_labels))
-    swapped = (test_labels + (torch.arange(100) < 30).long()) % 5                    # 30 of 100 are wrong
-    assert train.linear_probe(bank, labels, queries, swapped) == pytest.approx(70)
-    faint = [torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=generator)], 1)
-             for x in (bank, queries)]           # small, off centre, beside large noise
-    assert train.linear_probe(faint[0], labels, faint[1], test_labels) > 95
+    generator, labels = data.seeded(0), torch.arange(400) % 5
+    x = torch.randn(5, 12, generator=generator)[labels] + 0.1 * torch.randn(400, 12, generator=generator)
+    swapped = labels[300:].clone()
+    swapped[:30] = (swapped[:30] + 1) % 5        # 30 of 100 are wrong
+    assert train.linear_probe(x[:300], labels[:300], x[300:], swapped) == pytest.approx(70)
+    # Small, off centre, beside large noise.
+    faint = torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=generator)], dim=1)
+    assert train.linear_probe(faint[:300], labels[:300], faint[300:], labels[300:]) > 95
 
 
 def test_multi_view_averages_softmax(videos):
@@ -2490,13 +2436,13 @@ def test_the_classifier_is_videomaes_with_layer_decay():
     drops = torch.tensor([block.drop_path for block in model.encoder.blocks])
     assert torch.allclose(drops, torch.linspace(0, 0.1, depth))
     groups = train.layer_groups(model, (0.9, 0.999))
-    of = {id(p): group for group in groups for p in group["params"]}
+    of = {p: group for group in groups for p in group["params"]}
     assert len(of) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
     for name, p in model.named_parameters():
         block = re.search(r"blocks\.(\d+)", name)
         layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name else depth + 1
-        assert of[id(p)]["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer)), name
-        assert of[id(p)]["weight_decay"] == (0.05 if p.ndim > 1 else 0.0), name
+        assert of[p]["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer)), name
+        assert of[p]["weight_decay"] == (0.05 if p.ndim > 1 else 0.0), name
 
 
 def test_augmentation_is_one_draw_for_all_frames():
@@ -2677,30 +2623,34 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     """K-means, of small differences, in float32 also where the model is not."""
-    clips, truths, features, overlap, kmeans = [], [], SIGMA.features, train.overlap, train.kmeans
+    kmeans = train.kmeans
 
     def checked(x, *more):
         assert x.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu")
         return kmeans(x, *more)
+    features = mock.Mock(wraps=SIGMA.features)
+    overlap = mock.Mock(wraps=train.overlap)
     monkeypatch.setattr(train, "kmeans", checked)
-    monkeypatch.setattr(SIGMA, "features", lambda *given: (clips.append(given[1]), features(*given))[1])
-    monkeypatch.setattr(train, "overlap", lambda *given: (truths.append(given[0]), overlap(*given))[1])
+    monkeypatch.setattr(SIGMA, "features", lambda *given: features(*given))
+    monkeypatch.setattr(train, "overlap", overlap)
     flags = "--data", world / "davis", "--out", tmp_path / "davis", "--precision", "bf16"
     main_here("--segment", world / "ours.pt", *flags)
     record, = read_log(tmp_path / "davis")
     assert record["eval"] == "segment"
     assert record["step"] == 7
-    assert record["clips"] == 2      # of val.txt
+    assert record["clips"] == 2                  # of val.txt
     assert 0 < record["miou"] < record["miou_overclustering"] <= 100
     for name in ("segments", "prototypes"):
         assert Image.open(tmp_path / "davis" / f"{name}.png").size[0] > 300
+    truths = [call.args[0] for call in overlap.call_args_list]
     # blue0 without its first frame, and red1; the whole picture is squeezed.
     assert np.array_equal(truths[0][:, 1:], disc("blue", 0)[1][2:, 1:])
     assert (truths[0][:, 0] == -1).all()
     assert np.array_equal(truths[-1][:, 1:], disc("red", 5)[1][1:5, 1:])
     inside = F.interpolate(truths[-1][None].float(), (32, 32), mode="nearest-exact")[0] > 0
-    assert ((clips[1][0, 0] > 1) == inside).float().mean() > 0.97
+    clip = features.call_args_list[1].args[1]
+    assert ((clip[0, 0] > 1) == inside).float().mean() > 0.97
 
 
 def test_the_readme_names_what_there_is():
@@ -2722,46 +2672,50 @@ def test_the_readme_names_what_there_is():
 
 # ============ python test_sigma.py speed: a step beside the release's way of computing ============
 
-def as_the_release(patch):
-    """From here on SIGMA computes as the release does."""
-    patch.setattr(SIGMA, "forward", lambda *given: (release_forward(*given), {}))
-
-
 def bench_release(*flags):
+    """train.py --bench, where SIGMA computes as the release does."""
     torch.set_num_threads(data.CORES)
-    as_the_release(pytest.MonkeyPatch())
+    SIGMA.forward = lambda *given: (release_forward(*given), {})
     train.main(["--bench", *flags])
 
 
+def in_turns(ways, rounds):
+    """The median of what each way, a function, returns. In turns, as a busy machine is slow for all alike."""
+    found = [[way() for way in ways] for _ in range(rounds)]
+    return np.median(found, axis=0)
+
+
 def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions="fp32,bf16"):
-    """Prints Sinkhorn and steps of the release's way and ours, taking turns; medians."""
+    """Prints medians of Sinkhorn and of steps, the release's way and ours."""
     torch.set_num_threads(data.CORES)
     scores = unit_scores(11_264, 3_000, width=256).to("cuda" if torch.cuda.is_available() else "cpu")
-    times = {release_sinkhorn: [], sinkhorn: []}
-    for _ in range(1 + 5):
-        assigned = []
-        for solve, seconds in times.items():
-            began = time.monotonic()
-            assigned.append(solve(scores).argmax(dim=1).cpu())
-            seconds.append(time.monotonic() - began)
-    release, ours = (1000 * sorted(seconds[1:])[2] for seconds in times.values())
-    equal = 100 * (assigned[0] == assigned[1]).float().mean()
+
+    def solve(function):
+        began = time.monotonic()
+        function(scores).argmax(dim=1).cpu()
+        return 1000 * (time.monotonic() - began)
+
+    equal = release_sinkhorn(scores).argmax(dim=1) == sinkhorn(scores).argmax(dim=1)   # a warm-up, too
+    solvers = [functools.partial(solve, function) for function in (release_sinkhorn, sinkhorn)]
+    release, ours = in_turns(solvers, rounds=5)
     print(f"Sinkhorn, 11264 x 3000: the release's way {release:.0f} ms, ours {ours:.0f} ms, "
-          f"{release / ours:.2f} times as fast; {equal:.3f}% of the assignments equal", flush=True)
-    flags = ["--size", size, "--target", target, "--batch-size", batch, "--steps", "4", "--precision"]
-    # OpenMP's default again for the release, in spite of train.py's OMP_WAIT_POLICY.
-    ways = {"release": ([__file__, "step"], {"GOMP_SPINCOUNT": "300000"}),
-            "ours": ([HERE / "train.py", "--bench"], {})}
+          f"{release / ours:.2f} times as fast; {100 * equal.float().mean():.3f}% of the assignments equal",
+          flush=True)
+
+    def step(precision, environ, *program):
+        flags = ["--size", size, "--target", target, "--batch-size", batch, "--steps", "4"]
+        printed = subprocess.check_output([sys.executable, *program, *flags, "--precision", precision],
+                                          text=True, env={**os.environ, **environ})
+        return float(re.search(r"([\d.]+) ms a step", printed)[1]) / int(batch)
+
     for precision in precisions.split(","):
-        times = {way: [] for way in ways}
-        for _, (way, (command, environ)) in itertools.product(range(int(rounds)), ways.items()):
-            printed = subprocess.check_output([sys.executable, *command, *flags, precision], text=True,
-                                              env={**os.environ, **environ})
-            times[way].append(float(re.search(r"([\d.]+) ms a step", printed)[1]) / int(batch))
-        release, _ = medians = [sorted(seconds)[int(rounds) // 2] for seconds in times.values()]
-        for way, median in zip(times, medians):
+        # OpenMP's default again for the release, in spite of train.py's OMP_WAIT_POLICY.
+        programs = [functools.partial(step, precision, {"GOMP_SPINCOUNT": "300000"}, __file__, "step"),
+                    functools.partial(step, precision, {}, HERE / "train.py", "--bench")]
+        medians = in_turns(programs, int(rounds))
+        for way, median in zip(("release", "ours"), medians):
             print(f"a step of {size} with {target}, batch {batch}, {precision}, {way:7} {median:8.1f} ms "
-                  f"a clip, {release / median:.2f} times as fast as the release's way")
+                  f"a clip, {medians[0] / median:.2f} times as fast as the release's way")
 
 
 # ============ python test_sigma.py evidence: what the paper's choices do on the demo ============
@@ -2780,26 +2734,26 @@ EVIDENCE = {
 def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
     """Pretrains, probes and segments rows of EVIDENCE, `at_once` side by side; a table of means and standard
     deviations over seeds. What is done stays done."""
-    folder, names = Path(folder).absolute(), list(EVIDENCE)[:int(rows)]
+    folder = Path(folder).absolute()
+    names = list(EVIDENCE)[:int(rows)]
     data.write_demo(folder / "videos")
 
     def run(job):
         name, seed = job
         out = folder / f"{names.index(name):02}-{seed}"
-        out.mkdir(exist_ok=True)
-        if not (out / "videos").exists():
+        if not out.exists():
+            out.mkdir()
             (out / "videos").symlink_to(folder / "videos")
         checkpoint, found = out / "checkpoint.pt", {}
-        for part, flags in {"pretrain": ["--out", out, "--seed", str(seed), *EVIDENCE[name].split()],
-                            "probe": ["--probe", checkpoint, "--out", out / "probe"],
-                            "segment": ["--segment", checkpoint, "--out", out / "segment"]}.items():
-            if not (out / f"{part}.done").exists():
+        for part, flags in {".": ["--seed", str(seed), *EVIDENCE[name].split()],
+                            "probe": ["--probe", checkpoint], "segment": ["--segment", checkpoint]}.items():
+            done = out / part / "done"
+            if not done.exists():
                 with open(out / "output.txt", "a") as output:
-                    subprocess.run([sys.executable, HERE / "train.py", *flags], check=True, stdout=output,
-                                   stderr=output, env=ONE_THREAD)
-                (out / f"{part}.done").touch()
-            log = read_log(flags[flags.index("--out") + 1])
-            found.update((record.get("eval", "step"), record) for record in log)
+                    subprocess.run([sys.executable, HERE / "train.py", *flags, "--out", out / part],
+                                   check=True, stdout=output, stderr=output, env=ONE_THREAD)
+                done.touch()
+            found.update((record.get("eval", "step"), record) for record in read_log(out / part))
         return [found["knn"]["top1"], found["linear"]["top1"], found["segment"]["miou_overclustering"],
                 found["step"].get("perplexity"), found["step"].get("spread")]
 
@@ -2808,9 +2762,13 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
     print("| | k-NN | linear | over-clustering mIoU | perplexity | spread |\n|---|---|---|---|---|---|")
     for i, name in enumerate(names):
         columns = zip(*results[i * int(seeds):(i + 1) * int(seeds)])
-        cells = ["–" if None in column else f"{np.mean(column):.{digits}f} ± "
-                 f"{np.std(column, ddof=1 if len(column) > 1 else 0):.{digits}f}"
-                 for column, digits in zip(columns, (1, 1, 1, 1, 3))]
+        cells = []
+        for column, digits in zip(columns, (1, 1, 1, 1, 3)):
+            if None in column:
+                cells.append("–")
+            else:
+                deviation = np.std(column, ddof=min(1, len(column) - 1))
+                cells.append(f"{np.mean(column):.{digits}f} ± {deviation:.{digits}f}")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
