@@ -7,11 +7,12 @@
     torchrun train.py --finetune authors.pth --data train.csv --val val.csv
     torchrun train.py --segment runs/demo/checkpoint.pt   unsupervised video object segmentation
 
-Plain `python train.py` runs one process. Started again with the same --out, a run goes on from its last
-checkpoint, and its loss curve is that of an uninterrupted run.
+Plain `python train.py` runs one process. For several machines give torchrun --nnodes and --rdzv_endpoint,
+and put --out on a disk that they share. Started again with the same --out, a run resumes from its last
+checkpoint, on the same loss curve.
 
-The first half of this file is pretraining: flags, this process, the loop, what is trained, checkpoints, log,
-k-NN, pictures. The second half, below the rule, evaluates; whoever asks how SIGMA is trained can skip it.
+The loss, with φ, prototypes and Sinkhorn, is in sigma.py. The first half of this file pretrains: flags, this
+process, the loop, what is trained, checkpoints, log, k-NN, pictures. Below the rule, the second evaluates.
 """
 import argparse
 import hashlib
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import BatchSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -55,12 +56,12 @@ from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint
 DEMO = dict(size="tiny", prototypes=64, mask_ratio=0.75, frames=8, stride=2, image_size=48, epochs=25,
             warmup_epochs=3, lr=4e-3, min_lr=4e-4, eval_every=5)
 FINETUNE = dict(epochs=100, warmup_epochs=5, batch_size=16, lr=1e-3, min_lr=1e-6, eval_every=0)
-FINETUNE_DEMO = dict(epochs=15, lr=1e-2)
+FINETUNE_DEMO = dict(epochs=15, warmup_epochs=1.875, lr=1e-2)
 EPILOG = f"""In brackets are the paper's defaults. The demo's:
 {DEMO}
 Fine-tuning's: {FINETUNE}; on the demo {FINETUNE_DEMO}.
-A warm-up that is not typed takes an eighth of --epochs at most. An evaluation's size, target and clips are
-those of its checkpoint."""
+If --epochs is typed and --warmup-epochs is not, warm-up is at most an eighth of the epochs.
+An evaluation's size, target and clips are those of its checkpoint."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +90,7 @@ def make_parser():
     not_negative = at_least(0, float)
 
     def add(name, kind, default, text):
-        """A flag whose value is of a type or one of a list. None: what it is then follows from the others."""
+        """A flag. kind: a type, or the list of its values. default None: it follows from other flags."""
         if default is not None:
             text += f" [{default}]"
         key = "choices" if isinstance(kind, list) else "type"
@@ -114,9 +115,9 @@ def make_parser():
     add("--size", list(SIZES), "base", "of the model")
     add("--target", ["mlp", "dino", "pixel"], "mlp", "φ: a trained MLP, frozen DINO, or pixels (VideoMAE)")
     add("--teacher", list(TEACHERS), "vitb16", "DINO network of --target dino")
-    add("--loss", ["sigma", "l2"], "sigma", "l2 collapses with mlp; with pixel, VideoMAE, it is the default")
-    add("--assignment", ["hard", "soft"], "hard", "targets: argmax of q (release), or q itself (text)")
-    add("--prototypes", count, 3000, "K")
+    add("--loss", ["sigma", "l2"], "sigma", "l2 with mlp collapses; l2 with pixel is VideoMAE [pixel: l2]")
+    add("--assignment", ["hard", "soft"], "hard", "Sinkhorn targets: argmax (authors' code) or soft (paper)")
+    add("--prototypes", count, 3000, "number of prototypes, K")
     add("--eps", positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B")
     add("--mask-ratio", positive, 0.9, "share of tubes that is hidden")
 
@@ -129,7 +130,7 @@ def make_parser():
 
     # Schedule
     add("--epochs", count, 800, "length of the schedule; fine-tuning on SSv2: 40")
-    add("--warmup-epochs", not_negative, 40, "in which the learning rate rises")
+    add("--warmup-epochs", not_negative, 40, "of rising learning rate; an eighth of typed --epochs at most")
     add("--steps", count, None, "stop after so many optimiser steps; --bench: time so many [5]")
     add("--batch-size", count, 32, "clips of a micro-batch, in each process")
     add("--accumulate", count, 1, "micro-batches a step; Sinkhorn balances each by itself")
@@ -152,15 +153,15 @@ def make_parser():
 def parse_args(argv=None):
     """The flags, and the Weights of their checkpoint, None without. Raises Stop, ValueError, OSError.
 
-    They are parsed three times: once to learn what kind of run it is, again with the defaults of that kind
-    and of its checkpoint, and, as the default warm-up depends on the number of epochs, once more."""
+    They are parsed twice: to learn what kind of run it is, and with the defaults of that kind."""
     parser = make_parser()
     typed = parser.parse_args(argv)
     mode = "pretrain"
+    checkpoint = typed.init
     for name in ("probe", "finetune", "segment"):
         if getattr(typed, name) is not None:
             mode = name
-    checkpoint = getattr(typed, mode, typed.init)
+            checkpoint = getattr(typed, name)
     if typed.bench:
         mode = "bench"
     if typed.finetune == "none":  # from random weights
@@ -168,7 +169,7 @@ def parse_args(argv=None):
     on_demo = typed.data == "demo" and mode != "bench"
     out = typed.out
     if out is None:
-        name = Path(os.path.abspath(typed.data)).stem  # also of --data .
+        name = Path(typed.data).absolute().stem  # also of --data .
         out = Path("runs", f"{name}-{mode}".removesuffix("-pretrain"))
 
     if on_demo:
@@ -184,12 +185,11 @@ def parse_args(argv=None):
     weights = None
     if checkpoint is not None:
         weights = read_weights(checkpoint, out)
-        if mode != "probe":  # which alone looks at clips of the same stride
+        if mode != "probe":  # only a probe keeps the checkpoint's stride
             weights.settings.pop("stride", None)
         if mode != "pretrain":
             parser.set_defaults(**weights.settings)
-    epochs = parser.parse_args(argv).epochs
-    parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), epochs / 8))
+    parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), typed.epochs / 8))
     args = parser.parse_args(argv)
 
     args.mode = mode
@@ -213,7 +213,8 @@ def parse_args(argv=None):
 # ============ this process ============
 # torchrun starts one process for each GPU and numbers them: a process's number is its rank, their number is
 # the world's size. All ranks must call a collective operation (a sum or a vote over the ranks) in the same
-# order, or they wait for each other for ever. So whatever can go wrong in one of them is voted on by all.
+# order, or they wait for each other for ever. So wrong input, unreadable data and signals are voted on by
+# all. Any other error ends one rank, and torchrun then ends the others.
 
 def rank(kind="RANK"):
     """This process's number; LOCAL_RANK: its number on this machine."""
@@ -241,7 +242,9 @@ class Process:
         self.device = torch.device("cpu")
         self.precision = "fp32"
         self.workers = 1
+        where = f"{torch.get_num_threads()} CPU threads"
         if self.cuda:
+            where = torch.cuda.get_device_name()
             self.device = torch.device("cuda", rank("LOCAL_RANK"))
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32, where the precision is fp32
@@ -253,9 +256,9 @@ class Process:
             self.precision = args.precision
         if args.workers is not None:
             self.workers = args.workers
-        where = torch.cuda.get_device_name() if self.cuda else f"{torch.get_num_threads()} CPU threads"
-        self.about = (f"{world()} x {args.batch_size} clips of {args.frames} frames, {self.precision} on "
-                      f"{where}")
+        self.about = (f"{args.mode}: size {args.size}, target {args.target}; {world()} x {args.batch_size} "
+                      f"clips of {args.frames} frames of {args.image_size} pixels, stride {args.stride}; "
+                      f"{self.precision} on {where}, {self.workers} workers")
 
         self.named = set()  # unreadable files that people were told of
         self.finishes_step = False  # whether a signal waits for the end of the training step
@@ -287,9 +290,9 @@ def join_processes():
         dist.init_process_group(backend)
 
 
-def over_ranks(value, op="MAX"):
-    """A number of each rank's own -> one for all, on the hosts. Every rank waits here for all others."""
-    return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), op).item()
+def over_ranks(value):
+    """A number of each rank's own -> the largest of all, on the hosts. Here the ranks wait for each other."""
+    return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), "MAX").item()
 
 
 def gather(thing):
@@ -325,14 +328,6 @@ def say(message):
             tqdm.write(message)
 
 
-def name_unreadable(process, reasons):
-    """Tells people of each file that cannot be read once, however often it is met. reasons: {path:
-    reason}."""
-    for path in sorted(reasons.keys() - process.named):
-        say(f"unreadable: {path}: {reasons[path]}")
-    process.named.update(reasons)
-
-
 def take_folder(args):
     """Makes --out, locks it against a second run, writes the demo's videos. -> the file that holds the lock.
 
@@ -360,12 +355,12 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     """Trains until --epochs or --steps are done, from where the run in --out left off.
 
     groups: AdamW's parameter groups; `lr_scale` in a group scales its learning rate.
-    notes: what a checkpoint is to say. Of it `args` decides the loss curve: a resumed run must have the same.
-    objective(model, video [B, 3, T, H, W] normalised, batch, step) -> scalar loss, dict of scalar statistics.
+    notes: saved with each checkpoint. A resumed run must have the same notes["args"].
+    objective(model, video [B, 3, T, H, W], batch, step) -> loss, {name: scalar}. `step` seeds what it draws.
     evaluate(log, step): called before the first step, every --eval-every epochs and after the last one."""
     sampler = data.EpochSampler(len(train_set), args.batch_size, rank(), world(), args.seed, args.repeats,
                                 args.accumulate)
-    steps_per_epoch = sampler.steps_per_epoch // args.accumulate  # the sampler counts micro-batches
+    steps_per_epoch = sampler.steps_per_epoch // args.accumulate  # the sampler's steps are micro-batches
     last_step = min(args.epochs * steps_per_epoch, args.steps or math.inf)
     clips_per_step = args.batch_size * args.accumulate * world()
 
@@ -373,10 +368,9 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     for group in groups:
         group["initial_lr"] = peak_lr * group.pop("lr_scale", 1.0)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    # fp16 needs a scaler, or small gradients become 0. bf16 and fp32 have one of scale 1 for another reason:
-    # with a scaler the fused AdamW leaves out a step whose gradients are not finite by itself, on the GPU,
-    # so that nobody has to wait for the GPU to know. DDP has averaged the gradients before, so all ranks
-    # leave out the same steps.
+    # fp16 needs a scaler, or small gradients become 0. bf16 and fp32 get one of scale 1, because with it the
+    # fused AdamW skips a step whose gradients are not finite on the GPU, so that nobody has to wait for the
+    # GPU. DDP has averaged the gradients by then, so all ranks skip the same steps.
     fp16 = process.precision == "fp16"
     scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0 ** 16 if fp16 else 1.0)
 
@@ -384,11 +378,10 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     start, log = resume(args, parts, notes["args"])
     step = start
     if step < last_step:
-        parameters = sum(p.numel() for p in model.parameters())
         log.write(run={**vars(args), "from_step": step, "about": process.about, "device": str(process.device),
-                       "torch": torch.__version__, "parameters": parameters})
+                       "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())})
     save = partial(save_checkpoint, args.out, log, parts, notes)
-    trained = over_processes(args, model)
+    wrapped = over_processes(args, model)
 
     # The sampler's batches follow from their number, so that a resumed run goes on with the very next one.
     sampler.start = step * args.accumulate
@@ -396,13 +389,13 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     batches = data.load(train_set, sampler, process.workers, process.cuda)
     batches = data.batches_to_device(batches, process.device)
 
-    # tqdm's None: where there is a terminal
-    bar = tqdm(total=last_step, initial=step, desc="train", disable=rank() > 0 or None)
+    # disable=None: a bar only on a terminal
+    bar = tqdm(total=last_step, initial=step, disable=rank() > 0 or None)
     line_every = max(1, min(50, last_step // 500))
     evaluations = [record["step"] for record in log.records if "eval" in record]
     evaluated_step = over_ranks(max(evaluations, default=-1))
     next_save = time.monotonic()  # after the first step, so that a full disk is noticed early
-    began = time.monotonic()  # this and the next two: since the last line of the log
+    began = time.monotonic()  # this and the next two start anew at each line of the log
     waited = 0.0
     logged_step = step
     unreadable = {}  # path -> reason, since they were last exchanged with the other ranks
@@ -412,8 +405,10 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     model.train()
     while True:
         # once in a while: save a checkpoint (it is three times as large as the model), evaluate
-        evaluation_due = step in (0, last_step) or every(args.eval_every * steps_per_epoch, step)
-        keep_due = every(args.keep_every * steps_per_epoch, step)
+        evaluation_due = step in (0, last_step)
+        if args.eval_every > 0:
+            evaluation_due |= step % (args.eval_every * steps_per_epoch) == 0
+        keep_due = step % (args.keep_every * steps_per_epoch) == 0
         if step > start and (evaluation_due or keep_due or time.monotonic() > next_save):
             next_save = time.monotonic() + 60 * args.save_minutes  # after a failure, too: a disk stays full
             epoch = step // steps_per_epoch
@@ -424,11 +419,10 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
                 raise Stop("training is done, but not saved: make room and run it again", code=1)
         if evaluation_due and step > evaluated_step:
             evaluate(log, step)
-            plot_curves(log.records, args.out / "curve.png")
+            plot_curves(args.out, log.records)
+            began = time.monotonic()  # an evaluation is not training time
         if step >= last_step:
             break
-        if evaluation_due:
-            began = time.monotonic()  # an evaluation is not training time
 
         # get the data, or learn that it is time to stop
         asked = time.monotonic()
@@ -440,13 +434,13 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         exit_code = 0
         if trouble is not None:
             exit_code = 1
-        if process.stop_signal:  # the signal also ends the workers, so that it explains their trouble
+        if process.stop_signal:  # a signal also kills the workers: it is reported, not their trouble
             exit_code = 128 + process.stop_signal
         # All ranks agree before the forward pass: one without a batch must not leave the others waiting in
         # Sinkhorn's sums. This vote is between the hosts, mostly while the GPU still computes the last step.
         exit_code = int(over_ranks(exit_code))
         if exit_code > 0:
-            log.share_unreadable(process, step, unreadable)
+            tell_unreadable(process, unreadable, log, step)
             saved = over_ranks(save(step, step // steps_per_epoch))
             say(f"stopped after step {step}; {'the same command goes on' if saved else 'NOT saved'}")
             if exit_code == 1:
@@ -461,9 +455,9 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         rows = []  # loss and statistics of each micro-batch
         for number, batch in enumerate(micro_batches, start=1):
             # DDP averages the gradients over the ranks in the backward pass of the last micro-batch alone.
-            trained.require_backward_grad_sync = number == args.accumulate
+            wrapped.require_backward_grad_sync = number == args.accumulate
             with process.autocast():
-                loss, stats = objective(trained, data.normalize(batch["video"]), batch, step)
+                loss, stats = objective(wrapped, data.normalize(batch["video"]), batch, step)
             # Gradients of the micro-batches add up, so each is divided by their number.
             scaler.scale(loss / args.accumulate).backward()
             stats["loss"] = loss.detach()
@@ -478,7 +472,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         step += 1
         # ----------------------------------------------------------------------------------------------------
 
-        # log a line: the only place where the loop waits for the GPU, as it reads numbers
+        # log a line, of this step alone (data_wait: of rank 0); this, saving and evaluating wait for the GPU
         epoch_done = step % steps_per_epoch == 0 or step == last_step
         if not epoch_done and step % line_every:
             continue
@@ -487,7 +481,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         # AdamW's own count of steps, in which those left out are missing, is the same for all parameters.
         steps_taken = int(next(iter(optimizer.state.values()))["step"])
         if epoch_done:
-            log.share_unreadable(process, step, unreadable)
+            tell_unreadable(process, unreadable, log, step)
         seconds = time.monotonic() - began
         log.write(step=step, epoch=(step - 1) // steps_per_epoch, **means, lr=peak_lr * share,
                   grad_norm=grad_norm.item(), skipped=step - steps_taken, loss_scale=scaler.get_scale(),
@@ -495,7 +489,8 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
                   clips_per_second=(step - logged_step) * clips_per_step / seconds,
                   peak_gpu_gib=torch.cuda.max_memory_allocated() / 2 ** 30,
                   unreadable_videos=len(log.unreadable))
-        tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, len(train_set))
+        if epoch_done and rank() == 0:
+            tell_news(args, log, step, steps_per_epoch, last_step - step, clips_per_step, len(train_set))
         in_a_row = not_finite.item()
         if in_a_row >= (50 if fp16 else 5):  # fp16 first has to halve its scale
             raise Stop(f"{in_a_row} steps in a row are not finite; checkpoint.pt is good: go on with another "
@@ -507,28 +502,22 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     bar.close()
 
 
-def every(interval, step):
-    """Whether it is the turn of what comes every so many steps; 0: never."""
-    return interval > 0 and step % interval == 0
-
-
 def share_of_peak(args, step, steps_per_epoch):
     """The learning rate's share of its peak: linear warm-up, then half a cosine down to --min-lr."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step < warmup:  # while AdamW's averages are young
         return step / warmup
-    done = (step - warmup) / max(1, args.epochs * steps_per_epoch - warmup)  # 0 to 1
+    done = (step - warmup) / (args.epochs * steps_per_epoch - warmup)  # 0 to 1
     floor = args.min_lr / args.lr
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def over_processes(args, model):
-    """The model as training calls it: with --compile compiled, and with several processes one whose
-    gradients are averaged over them."""
+    """The model as training calls it: with --compile compiled, its gradients averaged over processes."""
     if args.compile:
-        # Block by block: that is quick, and DDP can average gradients while others are computed. DINO's
-        # blocks are more than half of the work, and no modules of the model.
-        torch._dynamo.config.cache_size_limit = 64  # in fine-tuning each block has a rate of its own
+        # Block by block: that compiles fast, and DDP can average gradients during the backward pass. The
+        # teacher's blocks, over half of the work, are not in model.modules().
+        torch._dynamo.config.cache_size_limit = 64  # in fine-tuning each block has its own drop-path rate
         teacher = getattr(model, "teacher", nn.Module())
         for module in (*model.modules(), *teacher.modules()):
             if isinstance(module, sigma.Block):
@@ -537,8 +526,7 @@ def over_processes(args, model):
     if world() == 1:
         return model
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # from torch 2.15 on
-    # Without device_ids, which would move the mask to the GPU: it is counted on the CPU, so that nothing
-    # waits.
+    # No device_ids: they would move the mask to the GPU, and counting it there would wait.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -560,16 +548,14 @@ def pretrain(args, process, weights):
     train_set = open_clips(args, train_videos, train=True, repeats=args.repeats,
                            mask=mask_drawer(args, model, args.repeats))
     shown_set = open_clips(args, val_videos or train_videos, mask=mask_drawer(args, model, 1))
-    say(f"SIGMA {args.size}, target {args.target}, loss {args.loss}: {len(train_videos)} videos; "
-        f"{process.about}")
 
-    def objective(trained, video, batch, step):
-        return trained(video, batch["mask"])  # the mask stays on the CPU
+    def objective(wrapped, video, batch, step):
+        return wrapped(video, batch["mask"])  # the mask stays on the CPU
 
     def evaluate(log, step):
         # Pictures come first: k-NN's line in the log says that this evaluation is done.
         if step > 0:
-            with suppress(Stop):  # none of the few videos that are shown can be read
+            with suppress(Stop):  # no pictures if none of their few videos can be read
                 preview(args.out, process, model, shown_set)
                 prototype_sheet(args.out, process, model, shown_set)
         if val_videos is not None:
@@ -587,15 +573,15 @@ def make_model(args):
     """The SIGMA of the flags. Raises ValueError."""
     names = "target loss eps assignment teacher frames image_size recompute".split()
     model = SIGMA(args.size, num_prototypes=args.prototypes, **{name: getattr(args, name) for name in names})
-    patches = model.num_tubes // model.grid[0]  # of one step in time
+    patches = model.num_tubes // model.grid[0]  # of one step of two frames
     if not 0 < int(args.mask_ratio * patches) < patches:
-        raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} tubes")
+        raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} patches")
     return model
 
 
 def mask_drawer(args, model, batch):
     """A function that draws masks for `batch` clips: bool [batch, tubes], True where hidden."""
-    steps = model.grid[0]
+    steps = model.grid[0]  # in time, of two frames each
     return partial(sigma.tube_mask, batch, steps, model.num_tubes // steps, args.mask_ratio)
 
 
@@ -617,6 +603,7 @@ def open_data(args, labels=False):
             raise ValueError("--data has no labels: it needs class folders, or a list with labels")
         if val is not None and val.labels.min() < 0:
             raise ValueError("--val has no labels: it needs class folders, or a list with labels")
+    say(f"{args.data}: {len(train)} videos")
     return train, val
 
 
@@ -625,8 +612,6 @@ def parameter_groups(model, betas):
     decayed = []
     plain = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if parameter.ndim > 1 and not name.endswith("mask_token"):
             decayed.append(parameter)
         else:
@@ -635,32 +620,26 @@ def parameter_groups(model, betas):
             {"params": plain, "weight_decay": 0.0, "betas": betas}]
 
 
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
-DINO_NAMES = {"vits16": "deitsmall16", "vitb16": "vitbase16"}
+DINO_URLS = {
+    "vits16": "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "vitb16": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"}
 
 
 def load_teacher(args, model):
-    """DINO's weights for --target dino. A machine's first process downloads them; the others find them."""
-    if args.target == "dino":
-        with agreed():
-            if rank("LOCAL_RANK") == 0:
-                read_teacher(args, model.teacher)
-        with agreed():
-            read_teacher(args, model.teacher)
-
-
-def read_teacher(args, teacher):
-    """Fills DINO's network from --dino-weights or its public file. Raises ValueError."""
-    url = DINO_URL.format(DINO_NAMES[args.teacher])
-    try:
-        if args.dino_weights is None:
-            weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        else:
-            weights = load_checkpoint(args.dino_weights)
-        teacher.load_state_dict(weights)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} ({error!r:.150}): "
-                         f"fetch {url} and name it with --dino-weights") from None
+    """Fills DINO's network, for --target dino, from --dino-weights or its public file, which is kept."""
+    if args.target != "dino":
+        return
+    url = DINO_URLS[args.teacher]
+    with agreed():
+        try:
+            if args.dino_weights is None:
+                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+            else:
+                state = load_checkpoint(args.dino_weights)
+            model.teacher.load_state_dict(state)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} ({error!r:.150}): "
+                             f"fetch {url} and name it with --dino-weights") from None
 
 
 def start_from(model, weights):
@@ -693,11 +672,8 @@ def curve_of(args, videos, weights, names):
     Videos are known by their names in the folder or list, weights by their numbers: both can be moved."""
     curve = {name: getattr(args, name) for name in names}
     curve["global_batch"] = args.batch_size * world()  # clips that Sinkhorn balances
-    curve["videos"] = len(videos)
     curve["names_and_labels"] = digest_of(videos.names, videos.ends, videos.labels)
-    curve["initial_weights"] = None
-    if weights is not None:
-        curve["initial_weights"] = weights.digest
+    curve["initial_weights"] = getattr(weights, "digest", None)
     return curve
 
 
@@ -709,10 +685,8 @@ def digest_of(*tensors):
     return known.hexdigest()[:16]
 
 
-def check_curve(args, path, saved, curve):
+def check_curve(path, saved, curve):
     """ValueError where the run of a checkpoint had another loss curve than this one would have."""
-    if args.mode == "pretrain":
-        saved.setdefault("initial_weights", None)  # before --init every run began with random weights
     changed = [f"{name} was {saved[name]}, is {value}" for name, value in curve.items()
                if saved.get(name, value) != value]
     if changed:
@@ -722,8 +696,7 @@ def check_curve(args, path, saved, curve):
 
 
 def save_checkpoint(out, log, parts, notes, step, epoch, name="checkpoint.pt"):
-    """Whether rank 0 has written it. The log's lines come first, so that a checkpoint's steps never lack
-    them."""
+    """Whether rank 0 has written it. The log goes first, so that it has all of a checkpoint's steps."""
     if rank() > 0 or not log.flush(to_disk=True):
         return False
     content = {"step": step, "epoch": epoch, **notes}
@@ -752,22 +725,21 @@ def replace_file(path, write):
 
 
 def resume(args, parts, curve):
-    """Loads the checkpoint in --out, if there is one, into the parts. -> the step it was saved at, the
-    log."""
+    """Loads the checkpoint in --out, if there is one, into the parts. -> its step, the log."""
     path = args.out / "checkpoint.pt"
     step = 0
     with agreed():
         try:
             if path.exists():
                 checkpoint = load_checkpoint(path)
-                check_curve(args, path, checkpoint["args"], curve)
+                check_curve(path, checkpoint["args"], curve)
                 for name, part in parts.items():
-                    # A scale of 1 is another precision's: with it small fp16 gradients would become 0.
+                    # A scale of 1, of bf16 or fp32, is not loaded: small fp16 gradients would become 0.
                     if name != "scaler" or checkpoint[name].get("scale", 1) > 1:
                         part.load_state_dict(checkpoint[name])
                 step = checkpoint["step"]
                 say(f"resuming {args.out} at step {step}")
-            log = Log(args.out, step or -1)  # without a checkpoint no line of a log is this run's
+            log = Log(args.out, step or -1)  # no checkpoint: -1, as no line of a log is this run's
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
     if len(set(gather(step))) > 1:
@@ -791,15 +763,17 @@ class Log:
         if rank() == 0 and self.path.exists():
             self.read(step)
         self.unreadable = {record["unreadable"] for record in self.records if "unreadable" in record}
-        self.told = time.monotonic()  # when people last had news
         self.warned = False  # of a collapse
 
     def read(self, step):
-        """Takes the file's lines up to a step. A file without any is kept under another name."""
+        """Takes the lines before the first one beyond a step. Without any the file gets another name."""
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
-        with suppress(ValueError, TypeError, KeyError):  # another program's
+        with suppress(ValueError, TypeError, AttributeError):  # another program's
             records = [json.loads(line) for line in lines]
-            self.records = [record for record in records if step_of(record) <= step]
+            for record in records:
+                if record.get("step", record.get("at_step", 0)) > step:  # the line of a run has neither
+                    break
+                self.records.append(record)
         self.length = sum(len(line) + 1 for line in lines[:len(self.records)])
         if not self.records:
             kept = self.path.with_name(f"log-{int(time.time())}.jsonl")
@@ -810,12 +784,9 @@ class Log:
         """Appends a line, in which NaN and infinity, which JSON lacks, are null."""
         if rank() > 0:
             return
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None
-        self.records.append(record)
-        line = json.dumps(record, default=str)
-        self.waiting += f"{line}\n".encode()
+        text = json.dumps(record, default=str)
+        self.records.append(json.loads(text, parse_constant=lambda constant: None))
+        self.waiting += (json.dumps(self.records[-1]) + "\n").encode()
         self.flush()
 
     def flush(self, to_disk=False):
@@ -841,40 +812,32 @@ class Log:
         said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         say(f"{kind} at step {step}: {said}")
 
-    def share_unreadable(self, process, step, reasons):
-        """Exchanges {path: reason} of files that could not be read with the other ranks, and empties it.
 
-        Each new file gets a line. They go over the ranks once an epoch, and only those that are new."""
-        fresh = {path: reason for path, reason in reasons.items() if path not in self.unreadable}
-        reasons.clear()
-        for others in gather(fresh):
-            name_unreadable(process, others)
-            for path in sorted(others.keys() - self.unreadable):
-                self.write(at_step=step, unreadable=path, reason=others[path])
-            self.unreadable.update(others)
+def tell_unreadable(process, reasons, log=None, step=None):
+    """Exchanges {path: reason} of files that could not be read with the other ranks, and empties it.
 
-
-def step_of(record):
-    """The step that a line of the log belongs to; a run's first line belongs to the first step that
-    follows."""
-    if "run" in record:
-        return record["run"]["from_step"] + 1
-    return record.get("step", record.get("at_step"))
+    However often a file is met, people hear of it once, and so does the log."""
+    everyone = {}
+    for others in gather(reasons):
+        everyone.update(others)
+    reasons.clear()
+    for path, reason in sorted(everyone.items()):
+        if path not in process.named:
+            say(f"unreadable: {path}: {reason}")
+        if log is not None and path not in log.unreadable:
+            log.write(at_step=step, unreadable=path, reason=reason)
+            log.unreadable.add(path)
+    process.named.update(everyone)
 
 
-# What people are told of an epoch, and how.
+# What the console says of an epoch, and how.
 NEWS = {"loss": "loss {:.3f}", "agreement": "agreement {:.2f}", "perplexity": "perplexity {:.1f}",
         "spread": "spread {:.2f}", "clips_per_second": "{:.1f} clips/s",
         "data_wait": "waiting for data {:.0%}"}
 
 
-def tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, videos):
-    """Tells people of an epoch when it ends, and each minute where no terminal shows a bar."""
-    epoch_done = step % steps_per_epoch == 0 or step == last_step
-    minute_passed = not sys.stderr.isatty() and time.monotonic() > log.told + 60
-    if rank() > 0 or not (epoch_done or minute_passed):
-        return
-    log.told = time.monotonic()
+def tell_news(args, log, step, steps_per_epoch, steps_left, clips_per_step, videos):
+    """Says on the console how the epoch went, by the means of its log lines, and draws the curves."""
     words = [f"epoch {step / steps_per_epoch:.4g}/{args.epochs}"]
     means = {}
     for name, wording in NEWS.items():
@@ -883,8 +846,7 @@ def tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, video
         if numbers:
             means[name] = np.mean(numbers)
             words.append(wording.format(means[name]))
-    seconds_left = (last_step - step) * clips_per_step / means["clips_per_second"]
-    words.append(f"ETA {tqdm.format_interval(seconds_left)}")
+    words.append(f"ETA {tqdm.format_interval(steps_left * clips_per_step / means['clips_per_second'])}")
     if log.unreadable:
         words.append(f"{len(log.unreadable)} of {videos} videos unreadable")
     say("  ".join(words))
@@ -893,22 +855,20 @@ def tell_news(args, log, step, steps_per_epoch, last_step, clips_per_step, video
         log.warned = True
         say("warning: a spread under 0.05: φ's features are nearly alike. If that stays, the run has "
             "collapsed, whatever its loss: lower --lr, raise --batch-size, try fewer --prototypes")
-    plot_curves(log.records, args.out / "curve.png")
+    plot_curves(args.out, log.records)
 
 
 # ============ every video once, over all ranks ============
 # What evaluations and pictures are made with.
 
-def each_once(process, model, dataset, compute, batch_size, chosen=None):
+def each_once(process, model, dataset, compute, batch_size, limit=math.inf):
     """Runs compute(normalised video [B, …], batch) -> list of tensors [videos, …] over a data set.
 
-    Returns these tensors on the CPU, for all videos (or the `chosen` numbers) that can be read, in their
-    order whatever the number of processes, and last the videos' numbers. Raises Stop where none can be
-    read."""
-    chosen = chosen or range(len(dataset))
-    # Every rank takes its share. Where they do not divide evenly, the sampler gives some videos twice.
-    mine = DistributedSampler(chosen, world(), rank(), shuffle=False)
-    key_batches = list(BatchSampler([(0, chosen[i]) for i in mine], batch_size, drop_last=False))
+    Returns these tensors on the CPU, for all videos that can be read (or of `limit` evenly spread ones), in
+    their order, and last the videos' numbers. Raises Stop where none can be read."""
+    # (epoch, video) for each video of this rank's share, which may be empty
+    keys = [(0, number) for number in evenly(len(dataset), limit)[rank()::world()]]
+    key_batches = list(BatchSampler(keys, batch_size, drop_last=False))
     # In training this is a second pool of workers beside the first, so it holds fewer batches in /dev/shm.
     loader = data.load(dataset, key_batches, min(process.workers, len(key_batches)), process.cuda, prefetch=1)
     loader = data.batches_to_device(loader, process.device)
@@ -920,23 +880,24 @@ def each_once(process, model, dataset, compute, batch_size, chosen=None):
         for batch in tqdm(loader, "evaluating", len(key_batches), leave=False, disable=rank() > 0 or None):
             with process.autocast():
                 found = compute(data.normalize(batch["video"]), batch)
-            views = len(batch["index"]) // len(found[0])
+            views = len(batch["index"]) // len(found[0])  # clips of one video, of which compute made one
             found.append(batch["index"][::views])
             results.append([tensor.cpu() for tensor in found])
             unreadable.update(batch["bad"])
-            if process.stop_signal:  # the training loop has saved before it evaluates
-                raise SystemExit(128 + process.stop_signal)
+            if process.stop_signal:
+                break
     model.train()
-    for reasons in gather(unreadable):
-        name_unreadable(process, reasons)
-    gathered = []
-    for parts in zip(*results):
-        everyone = gather(torch.cat(parts))  # rank r has videos r, r + world, r + 2 world, …
-        gathered.append(torch.stack(everyone, 1).flatten(0, 1)[:len(chosen)])
-    read = gathered[-1] >= 0  # an unreadable video's number is -1
-    if not read.any():
-        raise Stop(f"none of the {len(read)} videos to evaluate can be read", code=1)
-    return [tensor[read] for tensor in gathered]
+    stop_signal = int(over_ranks(process.stop_signal))
+    if stop_signal > 0:  # the training loop has saved before it evaluates
+        raise SystemExit(128 + stop_signal)
+    tell_unreadable(process, unreadable)
+    everyone = itertools.chain(*gather(results))
+    gathered = [torch.cat(parts) for parts in zip(*everyone)]
+    numbers = gathered[-1]
+    order = numbers.argsort()[(numbers < 0).sum():]  # those of unreadable videos are -1
+    if len(order) == 0:
+        raise Stop(f"none of the {len(numbers)} videos to evaluate can be read", code=1)
+    return [tensor[order] for tensor in gathered]
 
 
 def evenly(total, count):
@@ -948,12 +909,11 @@ def evenly(total, count):
 # The measure of progress in pretraining: a video gets the class of the videos whose features are most like
 # its own.
 
-def video_features(args, process, model, videos, limit=None):
+def video_features(args, process, model, videos, limit=math.inf):
     """Mean-pooled encoder tokens [n, D] and labels [n] of the middle clips of the videos that can be read."""
     def pooled(video, batch):
         return [model.features(video).float().mean(1)]  # [B, D]
-    chosen = evenly(len(videos), limit or len(videos))
-    rows, index = each_once(process, model, open_clips(args, videos), pooled, args.batch_size, chosen)
+    rows, index = each_once(process, model, open_clips(args, videos), pooled, args.batch_size, limit)
     return rows.to(process.device), videos.labels[index].to(process.device)
 
 
@@ -993,7 +953,7 @@ def preview(out, process, model, clips):
         if model.loss == "sigma":
             found.append(model.assign(video))
         return found
-    videos, masks, tokens, *clusters, _ = each_once(process, model, clips, look, 1, evenly(len(clips), 3))
+    videos, masks, tokens, *clusters, _ = each_once(process, model, clips, look, 1, limit=3)
     if rank() > 0:
         return
 
@@ -1005,104 +965,93 @@ def preview(out, process, model, clips):
     for tubes in clusters:
         rows["cluster of\nevery tube"] = tint(videos, tubes.unflatten(1, model.grid))
     rows["features\nas colours"] = enlarge(principal_colours(tokens).transpose(1, 2)).byte()
-    times = evenly(model.frames, 8)
-    still = []
-    for n in range(len(videos)):
-        still += [(caption, pictures[n, :, times].transpose(0, 1)) for caption, pictures in rows.items()]
-    save_pages(out / "preview.png", [still])
+    save_still(out / "preview.png", rows)
     moving = []
     for t in range(model.frames):
-        moving.append([(caption, pictures[:, :, t]) for caption, pictures in rows.items()])
+        moving.append({caption: shown[:, :, t] for caption, shown in rows.items()})
     save_pages(out / "preview.gif", moving)
 
 
 def principal_colours(tokens):
-    """Features [n, N, D] -> their three principal components, over all clips, as colours 0 to 255: [n, N,
-    3]."""
+    """Features [n, N, D] -> their three principal components over all clips, 0 to 255: [n, N, 3]."""
     x = tokens.flatten(0, 1)
     components = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :3]  # columns of length 1
-    deviations = components * len(x) ** 0.5  # of deviation 1; two of them span the colours
-    return (127.5 + 127.5 * deviations / 2).clamp(0, 255).unflatten(0, tokens.shape[:2])
+    deviations = components * len(x) ** 0.5  # of standard deviation 1; two to each side span the colours
+    return (127.5 + 63.75 * deviations).clamp(0, 255).unflatten(0, tokens.shape[:2])
 
 
 def tint(videos, labels):
     """uint8 [n, 3, T, S, S] as grey under the colours of the labels [n, t, h, w] of its tubes or pixels."""
-    hue = labels[:, None] * 0.618 + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1, 1)  # neighbours differ
-    rgb = 0.5 + 0.5 * torch.cos(2 * math.pi * hue)
-    rgb = F.interpolate(rgb, videos.shape[2:], mode="nearest-exact")
+    # Whole numbers next to each other get colours far from each other; -1 is black.
+    rgb = (labels[:, None] + 1) * torch.tensor([67, 151, 211]).view(3, 1, 1, 1) % 256
+    rgb = F.interpolate(rgb.float(), videos.shape[2:], mode="nearest-exact")
     grey = videos.float().mean(1, keepdim=True)
-    return (0.35 * grey + 0.65 * 255 * rgb).byte()
+    return (0.35 * grey + 0.65 * rgb).byte()
+
+
+def save_still(path, rows):
+    """Writes a PNG with a row for each caption: every third frame of its clips, uint8 [n, 3, T, S, S]."""
+    page = {}
+    for caption, clips in rows.items():
+        page[caption] = clips[:, :, ::3].transpose(1, 2).flatten(0, 1)
+    save_pages(path, [page])
 
 
 def save_pages(path, pages):
-    """Writes a PNG of one page, or a GIF of many. A page is a list of rows: a caption, uint8 [n, 3, h, w]."""
+    """Writes a PNG of one page, or a GIF of many. A page is {caption: pictures, uint8 [n, 3, h, w]}."""
+    from torchvision.utils import make_grid  # its import takes a second
     sheets = []
-    for rows in pages:
-        sheet = Image.new("RGB", (124 + 100 * len(rows[0][1]), 4 + 100 * len(rows)), "white")
-        for row, (caption, pictures) in enumerate(rows):
+    for page in pages:
+        pictures = F.interpolate(torch.cat(list(page.values())), (96, 96))
+        grid = make_grid(pictures, len(pictures) // len(page), padding=4, pad_value=255)
+        grid = F.pad(grid, [120, 0, 0, 0], value=255)  # room for the captions
+        sheet = Image.fromarray(grid.permute(1, 2, 0).numpy())
+        for row, caption in enumerate(page):
             ImageDraw.Draw(sheet).text((8, 36 + 100 * row), caption, "black", font_size=15)
-            for column, picture in enumerate(pictures):
-                tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((96, 96), Image.NEAREST)
-                sheet.paste(tile, (124 + 100 * column, 4 + 100 * row))
         sheets.append(sheet)
-    save = partial(sheets[0].save, format=path.suffix[1:])
-    if len(sheets) > 1:
-        save = partial(save, save_all=True, append_images=sheets[1:], duration=160, loop=0)
-    replace_file(path, save)
+    replace_file(path, partial(sheets[0].save, format=path.suffix[1:], save_all=True,
+                               append_images=sheets[1:], duration=160, loop=0))
 
 
 def prototype_sheet(out, process, model, clips):
-    """prototypes.png: the eight prototypes nearest to most tubes, each with its eight best tubes of 64
-    clips."""
+    """prototypes.png: a row for each of the eight most used prototypes. It shows the middle of those eight
+    of 64 clips that use the prototype most, and lights its tubes."""
     if model.loss != "sigma":
         return
+    middle = model.grid[0] // 2
 
-    def score(video, batch):
-        scores = model.prototype_scores(video)[0].float()  # x̃ [N, K]
-        used = torch.bincount(scores.argmax(1), minlength=scores.shape[1])
-        best = scores.max(0)  # of each clip its best tube alone, or a still clip could fill a row
-        return [batch["video"][:, :, ::TUBELET], best.values[None], best.indices[None], used[None]]
-    videos, best, tubes, used, _ = each_once(process, model, clips, score, 1, evenly(len(clips), 64))
-    used = used.sum(0)  # of [n, K], as are best and tubes
-    page = []
+    def look(video, batch):
+        clusters = model.assign(video).unflatten(1, model.grid)
+        return [batch["video"][:, :, TUBELET * middle], clusters[:, middle]]
+    pictures, clusters, _ = each_once(process, model, clips, look, 1, limit=64)  # [n, 3, S, S], [n, h, w]
+    used = clusters.flatten().bincount()
+    page = {}
     for k in used.argsort(descending=True)[:8].tolist():
-        if used[k] > 0:
-            shown = best[:, k].argsort(descending=True)[:8].tolist()
-            cuts = [spotlight(model, videos[n], tubes[n, k].item()) for n in shown]
-            page.append((f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes", torch.stack(cuts)))
+        own = clusters == k
+        shown = own.sum((1, 2)).argsort(descending=True)[:8]
+        light = F.interpolate(0.3 + 0.7 * own[shown, None], pictures.shape[2:])
+        page[f"prototype {k}\n{100 * used[k] / used.sum():.2g}% of tubes"] = (light * pictures[shown]).byte()
     if rank() == 0:
         save_pages(out / "prototypes.png", [page])
 
 
-def spotlight(model, video, tube):
-    """A tube in full light among the two patches around it. video uint8 [3, t, H, W] -> uint8 [3, h, w]."""
-    t, y, x = np.unravel_index(tube, model.grid)
-    patch = model.patch
-    window = F.pad(video[:, t], [2 * patch] * 4)[:, y * patch:(y + 5) * patch, x * patch:(x + 5) * patch]
-    light = F.pad(torch.ones(patch, patch), [2 * patch] * 4, value=0.5)
-    return (window * light).byte()
-
-
-def plot_curves(records, path):
-    """curve.png: a panel over the steps for each of these numbers, with its range."""
-    panels = []
+def plot_curves(out, records):
+    """curve.png: each of these numbers over the steps, with its range."""
+    sheet = Image.new("RGB", (1350, 205), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = 10
     for name in ("loss", "agreement", "perplexity", "spread", "top1"):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if len(points) < 2:
             continue
         steps, values = np.array(points, float).T
-        x = np.interp(steps, (steps[0], steps[-1]), (10, 260))
+        x = np.interp(steps, (steps[0], steps[-1]), (left, left + 250))
         y = np.interp(values, (values.min(), values.max()), (195, 45))
-        panel = Image.new("RGB", (270, 215), "white")
-        draw = ImageDraw.Draw(panel)
-        draw.rectangle((10, 45, 260, 195), outline="#bbbbbb")
         draw.line(list(zip(x, y)), "#1f5fa8", 2)
-        draw.text((10, 6), f"{name}: {values.min():.3g} to {values.max():.3g}\n"
-                           f"step {steps[0]:.0f} to {steps[-1]:.0f}", "black", font_size=14)
-        panels.append(panel)
-    if panels:
-        sheet = Image.fromarray(np.concatenate(panels, axis=1))
-        replace_file(path, partial(sheet.save, format="png"))
+        text = f"{name}: {values.min():.3g} to {values.max():.3g}\nstep {steps[0]:.0f} to {steps[-1]:.0f}"
+        draw.text((left, 6), text, "black", font_size=14)
+        left += 270
+    replace_file(out / "curve.png", partial(sheet.save, format="png"))
 
 
 # ============================================================================================================
@@ -1142,9 +1091,9 @@ def read_weights(path, out=Path("nowhere")):
              if embedding == (size["width"], 3, TUBELET, size["patch"], size["patch"])]
     if not sizes:
         raise ValueError(f"{path} holds no video model of size {', '.join(SIZES)} under a known name")
-    said = getattr(content.get("args"), "__dict__", content.get("args"))  # the authors' is a Namespace
-    if not isinstance(said, dict):
-        said = {}
+    said = content.get("args", {})
+    if isinstance(said, argparse.Namespace):  # the authors'
+        said = vars(said)
     settings = guess_method(state)
     if "target" in said and "fc_norm.weight" not in state:  # ours, which says so
         settings = {name: said[name] for name in METHOD if name in said}
@@ -1161,14 +1110,14 @@ def guess_method(state):
     settings = {"loss": "l2", "target": "pixel"}  # also of what is fine-tuned
     if "prototypes" in state:
         settings = {"loss": "sigma", "target": "dino", "prototypes": len(state["prototypes"])}
+    width = len(state.get("decoder.head.weight", ()))  # E
+    pixels = state["encoder.patch_embed.proj.weight"][0].numel()  # of a tube
     if "head.2.weight" in state:
         settings["target"] = "mlp"
-    width = len(state.get("decoder.head.weight", ()))  # E
-    if settings["target"] == "pixel" and width == state["encoder.patch_embed.proj.weight"][0].numel():
-        return settings
-    for teacher, sizes in TEACHERS.items():
-        if width == sizes["width"] and settings["target"] != "mlp":
-            settings.update(target="dino", teacher=teacher)
+    elif width != pixels:
+        for teacher, sizes in TEACHERS.items():
+            if width == sizes["width"]:
+                settings.update(target="dino", teacher=teacher)
     return settings
 
 
@@ -1244,14 +1193,12 @@ def load_weights(module, weights, free=()):
 
 
 def open_model(args, process, weights):
-    """The SIGMA of a checkpoint, on the device and frozen, and the log."""
+    """The SIGMA of a checkpoint, on the device, and the log."""
     with agreed():
         model = make_model(args)
         load_weights(model, weights)
         log = Log(args.out)
-    say(f"{weights.path}: {args.size}, target {args.target}; {args.frames} frames of {args.image_size} "
-        f"pixels, stride {args.stride}")
-    return model.to(process.device).requires_grad_(False), log
+    return model.to(process.device), log
 
 
 # ============ linear probe ============
@@ -1264,11 +1211,10 @@ def probe(args, process, weights):
     bank, bank_labels = video_features(args, process, model, train)
     queries, labels = video_features(args, process, model, val)
     log.report("knn", weights.step, top1=knn(bank, bank_labels, queries, labels), videos=len(queries))
-    top1 = linear_probe(bank, bank_labels, queries, labels, args.seed)
-    log.report("linear", weights.step, top1=top1, videos=len(queries))
+    log.report("linear", weights.step, top1=linear_probe(bank, bank_labels, queries, labels, args.seed))
 
 
-def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3):
+def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30):
     """Top-1 in percent of a linear layer on frozen features: AdamW, lr 1e-3, 30 epochs, as the paper.
 
     Where that is silent: features are standardised, the layer starts at zero, lr falls as a cosine, no weight
@@ -1281,7 +1227,7 @@ def linear_probe(bank, bank_labels, queries, labels, seed=0, epochs=30, lr=1e-3)
     layer = nn.Linear(bank.shape[1], classes, device=bank.device)
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     steps = epochs * math.ceil(len(bank) / batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(epochs):
@@ -1316,8 +1262,7 @@ class Classifier(SIGMA):
 
 
 def layer_groups(model, betas, decay=0.75):
-    """parameter_groups for each layer: the head learns at full rate, each layer at `decay` of the one
-    above."""
+    """parameter_groups of each layer: the head learns at full rate, a layer at `decay` of the next one."""
     layers = [model.encoder.patch_embed, *model.encoder.blocks, nn.ModuleList([model.fc_norm, model.head])]
     groups = []
     for depth, layer in enumerate(layers, start=1):
@@ -1347,11 +1292,10 @@ def finetune(args, process, weights):
     from torchvision import tv_tensors
     from torchvision.transforms import v2
     train, val = open_data(args, labels=True)
-    numbers = range(1 + int(train.labels.max()))  # all that a list has
-    names = train.classes or [str(number) for number in numbers]
+    names = train.classes
+    if names is None:  # of a list, which has numbers alone
+        names = [str(number) for number in range(1 + int(train.labels.max()))]
     with agreed():
-        if val.labels.max() >= len(names):
-            raise ValueError(f"--val has label {int(val.labels.max())}, --data none above {len(names) - 1}")
         torch.manual_seed(args.seed)
         model = Classifier(len(names), args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
@@ -1367,14 +1311,13 @@ def finetune(args, process, weights):
     test_set = open_clips(args, val, views=(5 if args.stride > 0 else 2, 3))
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(names)),
                            v2.CutMix(alpha=1.0, num_classes=len(names))])
-    say(f"{args.size}: {len(names)} classes, {len(train)} videos; {process.about}")
 
-    def objective(trained, video, batch, step):
+    def objective(wrapped, video, batch, step):
         # Mixing and drop path draw from the global generator: seeded here, they repeat in a resumed run.
         torch.manual_seed(data.seeded(args.seed, step, rank(), int(batch["index"][0])).initial_seed())
         labels = batch["label"].to(process.device, non_blocking=True)
         video, target = mix(tv_tensors.Video(video), labels)
-        logits = trained(video.as_subclass(torch.Tensor)).float()  # [B, classes]
+        logits = wrapped(video.as_subclass(torch.Tensor)).float()  # [B, classes]
         return F.cross_entropy(logits, target, label_smoothing=0.1), {}
 
     def evaluate(log, step):
@@ -1423,10 +1366,8 @@ def segment(args, process, weights):
         objects = len(truth[truth >= 0].unique())
         compared = objects > 1  # a background alone is no segmentation
         with torch.autocast(process.device.type, enabled=False):  # in float32
-            few = kmeans(tokens, objects if compared else 4, args.seed)
-            many = kmeans(tokens, 10, args.seed)
-        few = few.cpu().view(model.grid)
-        many = many.cpu().view(model.grid)
+            few = kmeans(tokens, objects if compared else 4, args.seed).cpu().view(model.grid)
+            many = kmeans(tokens, 10, args.seed).cpu().view(model.grid)
         scores = torch.full((2,), math.nan)
         if compared:
             scores[0], columns = match_one_to_one(overlap(truth, few, objects))
@@ -1449,18 +1390,15 @@ def segment(args, process, weights):
 
 def save_segments(args, clips, index, few, many):
     """segments.png: three clips, their masks where they have some, and both clusterings [n, t, h, w]."""
-    times = evenly(args.frames, 8)
-    page = []
-    for n in evenly(len(index), 3):
-        item = clips[0, int(index[n])]
-        video = item["video"]
-        pictures = {"video": video}
-        if "truth" in item:
-            pictures["ground truth"] = tint(video, item["truth"][None])
-        pictures["clusters"] = tint(video, few[n][None])
-        pictures["10 clusters"] = tint(video, many[n][None])
-        page += [(caption, shown[0, :, times].transpose(0, 1)) for caption, shown in pictures.items()]
-    save_pages(args.out / "segments.png", [page])
+    shown = evenly(len(index), 3)
+    items = [clips[0, int(index[n])] for n in shown]
+    video = torch.cat([item["video"] for item in items])  # [3, 3, T, S, S]
+    rows = {"video": video}
+    if "truth" in items[0]:
+        rows["ground truth"] = torch.cat([tint(item["video"], item["truth"][None]) for item in items])
+    rows["clusters"] = tint(video, few[shown])
+    rows["10 clusters"] = tint(video, many[shown])
+    save_still(args.out / "segments.png", rows)
 
 
 def kmeans(x, k, seed=0, restarts=5, iterations=50):
@@ -1488,8 +1426,7 @@ def kmeans(x, k, seed=0, restarts=5, iterations=50):
 
 
 def overlap(truth, clusters, k):
-    """truth [T, H, W], clusters of tubes [t, h, w] -> pixels that an object and a cluster share, [objects,
-    k]."""
+    """truth [T, H, W], clusters of tubes [t, h, w] -> pixels that they share, [objects, k]."""
     # Clusters at the masks' size, not masks at the tubes': no pixel of the truth is lost.
     pixels = F.interpolate(clusters[None, None].float(), truth.shape, mode="nearest-exact")[0, 0].long()
     counted = truth >= 0
@@ -1518,8 +1455,7 @@ def match_one_to_one(table):
 
 
 def match_many_to_one(table):
-    """Over-clustering protocol: each cluster goes to the object it overlaps most. Returns the objects' mean
-    IoU."""
+    """Over-clustering protocol: the mean IoU when each cluster goes to the object it overlaps most."""
     merged = table @ F.one_hot(table.argmax(0), len(table))  # [objects, objects]
     return iou(merged).diagonal().mean().item()
 
@@ -1529,7 +1465,6 @@ def bench(args, process, weights):
     """Times --steps (5) training steps on random clips that lie on the device, after two that warm up.
 
     A clip's operations are counted forward and back, with --recompute those that are done again, too."""
-    torch.manual_seed(args.seed)
     with agreed():
         model = make_model(args).to(process.device)
     if args.target == "dino":
@@ -1537,24 +1472,22 @@ def bench(args, process, weights):
     shape = (args.batch_size, 3, args.frames, args.image_size, args.image_size)
     clips = torch.randint(256, shape, dtype=torch.uint8, device=process.device)
     mask = mask_drawer(args, model, args.batch_size)()
-    say(f"{args.size}, {args.target}, {process.about}")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # what is counted anywhere
         model(data.normalize(clips[:1]), mask[:1])[0].backward()
-    trained = over_processes(args, model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, betas=(0.9, 0.95)), lr=1e-5, fused=True)
-
-    def seconds_of(steps):
-        began = time.perf_counter()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            with process.autocast():
-                loss, _ = trained(data.normalize(clips), mask)
-            loss.backward()
-            optimizer.step()
-        loss.item()  # waits for the GPU
-        return (time.perf_counter() - began) / steps
-    seconds_of(2)
-    seconds = seconds_of(args.steps or 5)
+    wrapped = over_processes(args, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    steps = args.steps or 5
+    for step in range(2 + steps):
+        optimizer.zero_grad()
+        with process.autocast():
+            loss, _ = wrapped(data.normalize(clips), mask)
+        loss.backward()
+        optimizer.step()
+        if step == 1:
+            loss.item()  # waits for the GPU
+            began = time.perf_counter()
+    loss.item()
+    seconds = (time.perf_counter() - began) / steps
     operations = counter.get_total_flops()
     say(f"{args.batch_size * world() / seconds:.2f} clips/s, {1000 * seconds:.1f} ms a step; "
         f"{operations / 1e9:.1f} GFLOP a clip, {operations * args.batch_size / seconds / 1e12:.3f} TFLOP/s a "
@@ -1572,10 +1505,11 @@ def main(argv=None):
         with agreed():
             args, weights = parse_args(argv)
         process = Process(args)
+        say(process.about)
         if args.mode != "bench":
             with agreed():
                 process.lock = take_folder(args)
-            say(f"results in {args.out}, {process.workers} workers")
+            say(f"results in {args.out}")
         MODES[args.mode](args, process, weights)
         over_ranks(0.0)  # none leaves while another still receives
     except Stop as stop:
@@ -1589,12 +1523,10 @@ def main(argv=None):
 
 
 def leave(message, code, alike=False):
-    """Ends this process with one line, which rank 0 alone says where all ranks would say it alike."""
+    """Ends this process with one line. alike: all ranks end with the same one, and rank 0 alone prints it."""
     if alike and rank() > 0:
         raise SystemExit(code)
     line = f"train.py: error: {message}"
-    if rank() > 0:
-        line = f"train.py: error of rank {rank()}: {message}"
     print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is not None:  # torchrun's own report ends with what is in this file
