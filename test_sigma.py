@@ -2302,13 +2302,13 @@ def test_l2_and_pixel_runs_show_pictures_without_prototypes(videos, tmp_path):
 
 def test_knn_is_the_definition():
     right = 0
-    bank, queries = torch.randn(90, 5, generator=data.seeded(0)).split([60, 30])
-    bank_labels, labels = torch.randint(4, (90,), generator=data.seeded(1)).split([60, 30])
+    bank, queries = torch.randn(360, 5, generator=data.seeded(0)).split([60, 300])
+    bank_labels, labels = torch.randint(4, (360,), generator=data.seeded(1)).split([60, 300])
     for query, label in zip(queries, labels):
         similarity, nearest = F.cosine_similarity(query[None], bank).topk(20)
         votes = torch.zeros(4).index_add(0, bank_labels[nearest], (similarity / 0.07).exp())
         right += int(votes.argmax() == label)
-    assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 30)
+    assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 300)
     lonely = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])  # of itself a row would vote for its own class
     own = lonely, torch.arange(3)
     assert train.knn(*own, *own, k=1, leave_one_out=True) == 0
