@@ -2606,8 +2606,8 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
 def test_the_readme_names_what_there_is():
     readme = (HERE / "README.md").read_text()
     others = ("help rate seconds short-side ipc shm-size no-project with-requirements max-restarts "
-              "nnodes standalone nproc_per_node rdzv_backend rdzv_id rdzv_endpoint nodes ntasks-per-node gpus-per-node "
-              "cpus-per-task time requeue open-mode signal").split()
+              "nnodes standalone nproc_per_node rdzv_backend rdzv_id rdzv_endpoint nodes ntasks-per-node "
+              "gpus-per-node cpus-per-task time requeue open-mode signal").split()
     flags = {name[2:] for name in train.make_parser()._option_string_actions}
     assert set(re.findall(r"--([a-z][a-z_-]+)", readme)) <= {*others, *flags}
     assert all((HERE / link).exists() for link in re.findall(r"\]\(([a-z_]+[./][\w./]+)\)", readme))
