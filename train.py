@@ -8,11 +8,11 @@
     torchrun train.py --segment runs/demo/checkpoint.pt   unsupervised video object segmentation
 
 Plain `python train.py` runs one process. For several machines give torchrun --nnodes and --rdzv_endpoint,
-and put --out on a disk that they share. Started again with the same --out, a run resumes from its last
-checkpoint, on the same loss curve.
+and put --out on a disk that they share. SIGTERM or Ctrl-C lets a training step end and saves. The same
+command again resumes from the last checkpoint, on the same loss curve.
 
-The loss, with φ, prototypes and Sinkhorn, is in sigma.py. The first half of this file pretrains: flags, this
-process, the loop, what is trained, checkpoints, log, k-NN, pictures. Below the rule, the second evaluates.
+The models and the loss are in sigma.py. The first half of this file pretrains: flags, this process, the loop,
+what is trained, checkpoints, log, k-NN, pictures. Below the rule, the second half evaluates.
 """
 import argparse
 import hashlib
@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -61,11 +60,11 @@ EPILOG = f"""In brackets are the paper's defaults. The demo's:
 {DEMO}
 Fine-tuning's: {FINETUNE}; on the demo {FINETUNE_DEMO}.
 If --epochs is typed and --warmup-epochs is not, warm-up is at most an eighth of the epochs.
-An evaluation's size, target and clips are those of its checkpoint."""
+Evaluations take size, target and clips from their checkpoint, but the stride only --probe."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says a mistake in one line, without the usage of forty flags."""
+    """An argument parser that reports a mistake in one line, without the usage of forty flags."""
     def error(self, message):
         raise Stop(message)
 
@@ -119,27 +118,27 @@ def make_parser():
     add("--assignment", ["hard", "soft"], "hard", "Sinkhorn targets: argmax (authors' code) or soft (paper)")
     add("--prototypes", count, 3000, "number of prototypes, K")
     add("--eps", positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B")
-    add("--mask-ratio", positive, 0.9, "share of tubes that is hidden")
+    add("--mask-ratio", positive, 0.9, "share of hidden tubes (of 2 frames x 16 x 16 pixels)")
 
     # Clips
-    add("--frames", count, 16, "in a clip")
+    add("--frames", count, 16, "frames in a clip")
     add("--stride", whole, 4, "from one frame to the next; 0: spread over the video. SSv2: 2, fine-tuned 0")
     add("--image-size", count, 224, "pixels a side")
-    add("--repeats", count, 1, "clips from one decoding of a video")
+    add("--repeats", count, 1, "clips from each decoding of a video")
     add("--workers", whole, None, "decoding processes of each rank [its share of cores, to 16; on a CPU 1]")
 
     # Schedule
     add("--epochs", count, 800, "length of the schedule; fine-tuning on SSv2: 40")
-    add("--warmup-epochs", not_negative, 40, "of rising learning rate; an eighth of typed --epochs at most")
+    add("--warmup-epochs", not_negative, 40, "epochs of linear warm-up; an eighth of typed --epochs at most")
     add("--steps", count, None, "stop after so many optimiser steps; --bench: time so many [5]")
     add("--batch-size", count, 32, "clips of a micro-batch, in each process")
     add("--accumulate", count, 1, "micro-batches a step; Sinkhorn balances each by itself")
     add("--lr", positive, 1.5e-4, "peak learning rate, for 256 clips a step")
     add("--min-lr", not_negative, 1e-5, "last learning rate, for 256 clips a step")
-    add("--seed", whole, 0, "of everything that is drawn")
+    add("--seed", whole, 0, "seed of all random draws")
 
     # Machine
-    add("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU")
+    add("--precision", ["auto", "bf16", "fp16", "fp32"], "auto", "auto: bf16, old GPUs fp16, CPU fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile blocks and loss")
     parser.add_argument("--recompute", action="store_true", help="less memory, a third more time")
 
@@ -155,21 +154,21 @@ def parse_args(argv=None):
 
     They are parsed twice: to learn what kind of run it is, and with the defaults of that kind."""
     parser = make_parser()
-    typed = parser.parse_args(argv)
+    first = parser.parse_args(argv)
     mode = "pretrain"
-    checkpoint = typed.init
+    checkpoint = first.init
     for name in ("probe", "finetune", "segment"):
-        if getattr(typed, name) is not None:
+        if getattr(first, name) is not None:
             mode = name
-            checkpoint = getattr(typed, name)
-    if typed.bench:
+            checkpoint = getattr(first, name)
+    if first.bench:
         mode = "bench"
-    if typed.finetune == "none":  # from random weights
+    if first.finetune == "none":  # from random weights
         checkpoint = None
-    on_demo = typed.data == "demo" and mode != "bench"
-    out = typed.out
+    on_demo = first.data == "demo" and mode != "bench"
+    out = first.out
     if out is None:
-        name = Path(typed.data).absolute().stem  # also of --data .
+        name = Path(first.data).absolute().stem  # also of --data .
         out = Path("runs", f"{name}-{mode}".removesuffix("-pretrain"))
 
     if on_demo:
@@ -180,7 +179,7 @@ def parse_args(argv=None):
             parser.set_defaults(**FINETUNE_DEMO)
     if mode == "segment":
         parser.set_defaults(stride=1)
-    if typed.target == "pixel":
+    if first.target == "pixel":
         parser.set_defaults(loss="l2")
     weights = None
     if checkpoint is not None:
@@ -189,7 +188,8 @@ def parse_args(argv=None):
             weights.settings.pop("stride", None)
         if mode != "pretrain":
             parser.set_defaults(**weights.settings)
-    parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), typed.epochs / 8))
+    # Untyped, first.epochs is 800: an eighth of that is above every default of the warm-up.
+    parser.set_defaults(warmup_epochs=min(parser.get_default("warmup_epochs"), first.epochs / 8))
     args = parser.parse_args(argv)
 
     args.mode = mode
@@ -247,7 +247,7 @@ class Process:
             where = torch.cuda.get_device_name()
             self.device = torch.device("cuda", rank("LOCAL_RANK"))
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32, where the precision is fp32
+            torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in fp32
             self.precision = "fp16"
             if torch.cuda.get_device_capability() >= (8, 0):  # from Ampere on
                 self.precision = "bf16"
@@ -267,7 +267,7 @@ class Process:
             signal.signal(number, self.hear)
 
     def hear(self, number, frame):
-        """A signal ends the program at once; the training loop first ends its step and saves."""
+        """SIGTERM or Ctrl-C: training ends its step and saves; anything else ends at once."""
         if not self.finishes_step:
             sys.exit(128 + number)
         self.stop_signal = number
@@ -290,9 +290,9 @@ def join_processes():
         dist.init_process_group(backend)
 
 
-def over_ranks(value):
-    """A number of each rank's own -> the largest of all, on the hosts. Here the ranks wait for each other."""
-    return sigma.all_reduce(torch.tensor(value, dtype=torch.float64), "MAX").item()
+def max_over_ranks(value):
+    """The largest of the ranks' integers. Here the ranks wait for each other, but for no GPU."""
+    return sigma.all_reduce(torch.tensor(value, dtype=torch.int64), "MAX").item()
 
 
 def gather(thing):
@@ -329,9 +329,9 @@ def say(message):
 
 
 def take_folder(args):
-    """Makes --out, locks it against a second run, writes the demo's videos. -> the file that holds the lock.
+    """Makes --out, writes the demo's videos, locks out a second run as long as this process lives.
 
-    The lock is the kernel's, and ends with this process, however that ends."""
+    Returns the file that holds the lock."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / ".lock", "a")
     try:
@@ -342,21 +342,21 @@ def take_folder(args):
         raise ValueError(f"another run is writing to --out {args.out}: name another") from None
     except (OSError, ImportError):  # file systems without locks, Windows: a second run goes unnoticed
         pass
-    if args.demo is not None and rank() == 0:
+    if args.demo and rank() == 0:
         data.write_demo(args.demo)
     return lock
 
 
 # ============ the training loop ============
-# One loop for pretraining and fine-tuning. What is special about each comes in as two functions: `objective`
-# computes a loss, `evaluate` tests the model.
+# One loop for pretraining and fine-tuning, which differ in `objective` and `evaluate`.
 
 def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     """Trains until --epochs or --steps are done, from where the run in --out left off.
 
     groups: AdamW's parameter groups; `lr_scale` in a group scales its learning rate.
-    notes: saved with each checkpoint. A resumed run must have the same notes["args"].
-    objective(model, video [B, 3, T, H, W], batch, step) -> loss, {name: scalar}. `step` seeds what it draws.
+    notes: saved with each checkpoint. notes["args"], by curve_of, must be the same in a resumed run.
+    objective(model, video [B, 3, T, H, W], batch, step) -> loss, {name: detached 0-dim tensor on the device},
+    with the same names on all ranks. `step` seeds what it draws.
     evaluate(log, step): called before the first step, every --eval-every epochs and after the last one."""
     sampler = data.EpochSampler(len(train_set), args.batch_size, rank(), world(), args.seed, args.repeats,
                                 args.accumulate)
@@ -368,9 +368,9 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     for group in groups:
         group["initial_lr"] = peak_lr * group.pop("lr_scale", 1.0)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    # fp16 needs a scaler, or small gradients become 0. bf16 and fp32 get one of scale 1, because with it the
-    # fused AdamW skips a step whose gradients are not finite on the GPU, so that nobody has to wait for the
-    # GPU. DDP has averaged the gradients by then, so all ranks skip the same steps.
+    # fp16 needs a scaler, or small gradients become 0. bf16 and fp32 get one of scale 1 for another use: the
+    # fused AdamW then leaves out steps with NaN or infinite gradients, without a wait for the GPU. DDP has
+    # averaged the gradients by then, so all ranks leave out the same steps. Gradients are not clipped.
     fp16 = process.precision == "fp16"
     scaler = torch.amp.GradScaler(process.device.type, init_scale=2.0 ** 16 if fp16 else 1.0)
 
@@ -378,7 +378,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     start, log = resume(args, parts, notes["args"])
     step = start
     if step < last_step:
-        log.write(run={**vars(args), "from_step": step, "about": process.about, "device": str(process.device),
+        log.write(run={**vars(args), "from_step": step, "about": process.about, "device": process.device,
                        "torch": torch.__version__, "parameters": sum(p.numel() for p in model.parameters())})
     save = partial(save_checkpoint, args.out, log, parts, notes)
     wrapped = over_processes(args, model)
@@ -389,11 +389,10 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
     batches = data.load(train_set, sampler, process.workers, process.cuda)
     batches = data.batches_to_device(batches, process.device)
 
-    # disable=None: a bar only on a terminal
-    bar = tqdm(total=last_step, initial=step, disable=rank() > 0 or None)
+    bar = tqdm(total=last_step, initial=step, disable=rank() > 0 or None)  # None: a bar only on terminals
     line_every = max(1, min(50, last_step // 500))
     evaluations = [record["step"] for record in log.records if "eval" in record]
-    evaluated_step = over_ranks(max(evaluations, default=-1))
+    evaluated_step = max_over_ranks(max(evaluations, default=-1))  # rank 0 alone has records
     next_save = time.monotonic()  # after the first step, so that a full disk is noticed early
     began = time.monotonic()  # this and the next two start anew at each line of the log
     waited = 0.0
@@ -415,11 +414,12 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
             if keep_due:  # before checkpoint.pt, as a run resumed from that does not come back to this step
                 save(step, epoch, f"checkpoint-{epoch:04d}.pt")
             saved = save(step, epoch)
-            if step == last_step and not over_ranks(saved):
+            if step == last_step and not max_over_ranks(saved):
                 raise Stop("training is done, but not saved: make room and run it again", code=1)
         if evaluation_due and step > evaluated_step:
             evaluate(log, step)
-            plot_curves(args.out, log.records)
+            if log.records:  # of rank 0
+                plot_curves(args.out, log.records)
             began = time.monotonic()  # an evaluation is not training time
         if step >= last_step:
             break
@@ -437,18 +437,18 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         if process.stop_signal:  # a signal also kills the workers: it is reported, not their trouble
             exit_code = 128 + process.stop_signal
         # All ranks agree before the forward pass: one without a batch must not leave the others waiting in
-        # Sinkhorn's sums. This vote is between the hosts, mostly while the GPU still computes the last step.
-        exit_code = int(over_ranks(exit_code))
+        # Sinkhorn's sums. This vote is on the hosts, mostly while the GPU still computes the previous step.
+        exit_code = max_over_ranks(exit_code)
         if exit_code > 0:
             tell_unreadable(process, unreadable, log, step)
-            saved = over_ranks(save(step, step // steps_per_epoch))
+            saved = max_over_ranks(save(step, step // steps_per_epoch))
             say(f"stopped after step {step}; {'the same command goes on' if saved else 'NOT saved'}")
             if exit_code == 1:
                 stop_together(trouble, code=1)
             raise SystemExit(exit_code)
 
         # ----------------------------------------------------------------------------------------------------
-        # the training step; nothing in it waits for the GPU
+        # the training step: whatever must run at every step stands here, and nothing waits for the GPU
         share = share_of_peak(args, step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * share
@@ -462,7 +462,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
             scaler.scale(loss / args.accumulate).backward()
             stats["loss"] = loss.detach()
             rows.append(torch.stack(list(stats.values())))
-            unreadable.update(batch["bad"])
+            unreadable.update(batch["bad"])  # other videos took their places
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         not_finite = (not_finite + 1) * ~grad_norm.isfinite()  # torch.where with a number would wait
@@ -472,7 +472,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         step += 1
         # ----------------------------------------------------------------------------------------------------
 
-        # log a line, of this step alone (data_wait: of rank 0); this, saving and evaluating wait for the GPU
+        # log a line: statistics of this step, the speed since the last line with saving (data_wait: rank 0's)
         epoch_done = step % steps_per_epoch == 0 or step == last_step
         if not epoch_done and step % line_every:
             continue
@@ -493,8 +493,8 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
             tell_news(args, log, step, steps_per_epoch, last_step - step, clips_per_step, len(train_set))
         in_a_row = not_finite.item()
         if in_a_row >= (50 if fp16 else 5):  # fp16 first has to halve its scale
-            raise Stop(f"{in_a_row} steps in a row are not finite; checkpoint.pt is good: go on with another "
-                       "--precision, or anew with a lower --lr in another --out", code=1)
+            raise Stop(f"{in_a_row} steps in a row are not finite. checkpoint.pt is finite: go on with "
+                       "another --precision or an older checkpoint, or anew with a lower --lr", code=1)
         bar.update(step - logged_step)
         began = time.monotonic()
         waited = 0.0
@@ -505,7 +505,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
 def share_of_peak(args, step, steps_per_epoch):
     """The learning rate's share of its peak: linear warm-up, then half a cosine down to --min-lr."""
     warmup = args.warmup_epochs * steps_per_epoch
-    if step < warmup:  # while AdamW's averages are young
+    if step < warmup:
         return step / warmup
     done = (step - warmup) / (args.epochs * steps_per_epoch - warmup)  # 0 to 1
     floor = args.min_lr / args.lr
@@ -525,14 +525,13 @@ def over_processes(args, model):
         model.loss_fn = torch.compile(model.loss_fn, dynamic=False)
     if world() == 1:
         return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # from torch 2.15 on
-    # No device_ids: they would move the mask to the GPU, and counting it there would wait.
+    # No device_ids: DDP would move the mask to the GPU, where to index by it would wait for the GPU.
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 # ============ pretraining ============
-# What the paper trains: the model, its parameter groups, its clips and masks, and what is looked at
-# meanwhile.
+# What the paper trains. The encoder sees the visible tubes. For each hidden tube the decoder predicts the
+# prototype that Sinkhorn assigned to its features by φ, and φ the one assigned to the decoder's output.
 
 def pretrain(args, process, weights):
     """Trains SIGMA on --data, from random weights or those of --init."""
@@ -573,16 +572,16 @@ def make_model(args):
     """The SIGMA of the flags. Raises ValueError."""
     names = "target loss eps assignment teacher frames image_size recompute".split()
     model = SIGMA(args.size, num_prototypes=args.prototypes, **{name: getattr(args, name) for name in names})
-    patches = model.num_tubes // model.grid[0]  # of one step of two frames
+    patches = model.num_tubes // model.grid[0]  # of one pair of frames
     if not 0 < int(args.mask_ratio * patches) < patches:
         raise ValueError(f"--mask-ratio {args.mask_ratio} hides none or all of {patches} patches")
     return model
 
 
-def mask_drawer(args, model, batch):
-    """A function that draws masks for `batch` clips: bool [batch, tubes], True where hidden."""
-    steps = model.grid[0]  # in time, of two frames each
-    return partial(sigma.tube_mask, batch, steps, model.num_tubes // steps, args.mask_ratio)
+def mask_drawer(args, model, clips):
+    """A function that draws masks for so many clips: bool [clips, tubes], True where hidden."""
+    pairs = model.grid[0]  # of frames
+    return partial(sigma.tube_mask, clips, pairs, model.num_tubes // pairs, args.mask_ratio)
 
 
 def open_clips(args, videos, train=False, **named):
@@ -603,6 +602,8 @@ def open_data(args, labels=False):
             raise ValueError("--data has no labels: it needs class folders, or a list with labels")
         if val is not None and val.labels.min() < 0:
             raise ValueError("--val has no labels: it needs class folders, or a list with labels")
+        if labels and val.labels.max() > train.labels.max():
+            raise ValueError("--val has labels that --data lacks")
     say(f"{args.data}: {len(train)} videos")
     return train, val
 
@@ -626,20 +627,24 @@ DINO_URLS = {
 
 
 def load_teacher(args, model):
-    """Fills DINO's network, for --target dino, from --dino-weights or its public file, which is kept."""
+    """Fills DINO's network, for --target dino, from --dino-weights or its public file.
+
+    A machine's first process downloads the file and keeps it. Then the others read it."""
     if args.target != "dino":
         return
     url = DINO_URLS[args.teacher]
-    with agreed():
-        try:
-            if args.dino_weights is None:
-                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-            else:
-                state = load_checkpoint(args.dino_weights)
-            model.teacher.load_state_dict(state)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} ({error!r:.150}): "
-                             f"fetch {url} and name it with --dino-weights") from None
+    for first in (True, False):
+        with agreed():
+            if first == (rank("LOCAL_RANK") == 0):
+                try:
+                    if args.dino_weights is None:
+                        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+                    else:
+                        state = load_checkpoint(args.dino_weights)
+                    model.teacher.load_state_dict(state)
+                except (OSError, RuntimeError) as error:
+                    raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} "
+                                     f"({error!r:.150}): fetch {url} for --dino-weights") from None
 
 
 def start_from(model, weights):
@@ -667,7 +672,7 @@ METHOD = "target teacher loss assignment prototypes eps mask_ratio".split()  # o
 
 
 def curve_of(args, videos, weights, names):
-    """Whatever decides the loss curve: flags, videos and labels, the weights it began with.
+    """What decides the loss curve, but for --precision and DINO's file: flags, videos, labels, first weights.
 
     Videos are known by their names in the folder or list, weights by their numbers: both can be moved."""
     curve = {name: getattr(args, name) for name in names}
@@ -734,12 +739,12 @@ def resume(args, parts, curve):
                 checkpoint = load_checkpoint(path)
                 check_curve(path, checkpoint["args"], curve)
                 for name, part in parts.items():
-                    # A scale of 1, of bf16 or fp32, is not loaded: small fp16 gradients would become 0.
+                    # A scale of 1, of bf16 or fp32, is not loaded: with it small fp16 gradients become 0.
                     if name != "scaler" or checkpoint[name].get("scale", 1) > 1:
                         part.load_state_dict(checkpoint[name])
                 step = checkpoint["step"]
                 say(f"resuming {args.out} at step {step}")
-            log = Log(args.out, step or -1)  # no checkpoint: -1, as no line of a log is this run's
+            log = Log(args.out, step or -1)  # -1: at step 0 the log starts anew
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
     if len(set(gather(step))) > 1:
@@ -768,13 +773,13 @@ class Log:
     def read(self, step):
         """Takes the lines before the first one beyond a step. Without any the file gets another name."""
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
-        with suppress(ValueError, TypeError, AttributeError):  # another program's
-            records = [json.loads(line) for line in lines]
-            for record in records:
+        for line in lines:
+            with suppress(ValueError, AttributeError):  # a damaged line stays in the file
+                record = json.loads(line)
                 if record.get("step", record.get("at_step", 0)) > step:  # the line of a run has neither
                     break
                 self.records.append(record)
-        self.length = sum(len(line) + 1 for line in lines[:len(self.records)])
+            self.length += len(line) + 1
         if not self.records:
             kept = self.path.with_name(f"log-{int(time.time())}.jsonl")
             say(f"{self.path} is of no use here, and kept as {kept.name}")
@@ -814,9 +819,7 @@ class Log:
 
 
 def tell_unreadable(process, reasons, log=None, step=None):
-    """Exchanges {path: reason} of files that could not be read with the other ranks, and empties it.
-
-    However often a file is met, people hear of it once, and so does the log."""
+    """Exchanges {path: reason} of unreadable files between the ranks, names new ones, and empties it."""
     everyone = {}
     for others in gather(reasons):
         everyone.update(others)
@@ -830,14 +833,14 @@ def tell_unreadable(process, reasons, log=None, step=None):
     process.named.update(everyone)
 
 
-# What the console says of an epoch, and how.
+# What the console says of an epoch. The README's "What a healthy run looks like" explains these numbers.
 NEWS = {"loss": "loss {:.3f}", "agreement": "agreement {:.2f}", "perplexity": "perplexity {:.1f}",
         "spread": "spread {:.2f}", "clips_per_second": "{:.1f} clips/s",
         "data_wait": "waiting for data {:.0%}"}
 
 
 def tell_news(args, log, step, steps_per_epoch, steps_left, clips_per_step, videos):
-    """Says on the console how the epoch went, by the means of its log lines, and draws the curves."""
+    """Prints the averages of an epoch's log lines, and draws the curves."""
     words = [f"epoch {step / steps_per_epoch:.4g}/{args.epochs}"]
     means = {}
     for name, wording in NEWS.items():
@@ -859,8 +862,6 @@ def tell_news(args, log, step, steps_per_epoch, steps_left, clips_per_step, vide
 
 
 # ============ every video once, over all ranks ============
-# What evaluations and pictures are made with.
-
 def each_once(process, model, dataset, compute, batch_size, limit=math.inf):
     """Runs compute(normalised video [B, …], batch) -> list of tensors [videos, …] over a data set.
 
@@ -887,7 +888,7 @@ def each_once(process, model, dataset, compute, batch_size, limit=math.inf):
             if process.stop_signal:
                 break
     model.train()
-    stop_signal = int(over_ranks(process.stop_signal))
+    stop_signal = max_over_ranks(process.stop_signal)
     if stop_signal > 0:  # the training loop has saved before it evaluates
         raise SystemExit(128 + stop_signal)
     tell_unreadable(process, unreadable)
@@ -953,6 +954,7 @@ def preview(out, process, model, clips):
         if model.loss == "sigma":
             found.append(model.assign(video))
         return found
+    # clusters: one tensor, or none where the model has no prototypes
     videos, masks, tokens, *clusters, _ = each_once(process, model, clips, look, 1, limit=3)
     if rank() > 0:
         return
@@ -1302,13 +1304,11 @@ def finetune(args, process, weights):
         if weights is not None:
             load_weights(model, weights, free=("fc_norm.", "head."))
     model.to(process.device)
-    # No flip with stride 0, as Something-Something, whose classes tell left from right, is sampled; nor on
-    # the demo.
+    # Classes of Something-Something (stride 0) tell left from right: no flip there, nor on the demo.
     transform = augmentation(flip=args.stride > 0 and args.demo is None)
     train_set = open_clips(args, train, train=True, repeats=args.repeats, draw_crop=data.draw_resized,
                            transform=transform)
-    # Clips in time, and crops that show the whole picture.
-    test_set = open_clips(args, val, views=(5 if args.stride > 0 else 2, 3))
+    test_set = open_clips(args, val, views=(5 if args.stride > 0 else 2, 3))  # clips in time, crops in place
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(names)),
                            v2.CutMix(alpha=1.0, num_classes=len(names))])
 
@@ -1511,7 +1511,7 @@ def main(argv=None):
                 process.lock = take_folder(args)
             say(f"results in {args.out}")
         MODES[args.mode](args, process, weights)
-        over_ranks(0.0)  # none leaves while another still receives
+        max_over_ranks(0)  # none leaves while another still receives
     except Stop as stop:
         leave(str(stop), stop.code, alike=True)
     except (data.VideoError, data.WorkerError) as error:
