@@ -3,11 +3,11 @@ r"""SIGMA: Sinkhorn-Guided Masked Video Modeling (Salehi et al., ECCV 2024, arXi
 This is the paper's method section as code. It needs PyTorch (2.6 or later) and nothing else.
 
 VideoMAE hides 90% of a clip and learns by predicting the hidden pixels. SIGMA predicts features instead: the
-video model Ψ sees only what is left visible and predicts a feature for every hidden piece, and the projection
-network φ, which sees the hidden pieces, computes the features to predict. If the two were simply pulled
-together, both would learn to output one constant: a perfect loss, and no knowledge. So both features are
-scored against K shared prototypes, and Sinkhorn turns the scores into cluster assignments that use all
-prototypes equally. Each network predicts the other's assignments, and can only do so by telling tubes apart.
+video model Ψ sees only what is left visible and predicts a feature for every hidden tube (defined below).
+The projection network φ sees the hidden tubes and computes the features to predict. If the two were simply
+pulled together, both would learn to output one constant: a perfect loss, and no knowledge. So both features
+are scored against K shared prototypes, and Sinkhorn turns the scores into cluster assignments that use all
+prototypes about equally. Each network predicts the other's, and can only do so by telling tubes apart.
 
 For two clips and size "base", with 2 x 1408 = 2816 masked tubes and 3000 prototypes C:
 
@@ -22,7 +22,7 @@ For two clips and size "base", with 2 x 1408 = 2816 masked tubes and 3000 protot
 
 Start with `SIGMA.forward`, then `sigma_loss` and `sinkhorn`. The networks below are ordinary ViTs. To use it:
 
-    model = SIGMA(size="base", target="mlp")             # K = 3000 is for large batches, see `sigma_loss`
+    model = SIGMA(size="base", target="mlp", num_prototypes=64)  # the paper's 3000 needs hundreds of clips
     video = torch.randn(2, 3, 16, 224, 224)              # two clips, ImageNet-normalised
     mask = tube_mask(batch=2, steps=8, patches=14 * 14)  # 16 frames are 8 steps of two frames
     loss, stats = model(video, mask)
@@ -47,9 +47,8 @@ Differences between the paper's text, the authors' code (which made their result
                  text               authors' code                  here
   assignments    soft               hard: argmax of q              hard, or assignment="soft"
   K              4000 is best       3000                           3000
-  C              not said           φ's loss term only; length 1   φ's loss term only; length 1
+  C learns from  not said           φ's loss term only             φ's loss term only
   Sinkhorn       -                  rescales the N x K matrix      same iterations, kept as vectors u and v
-  embedding      -                  embeds all tubes, then picks   embeds the visible tubes, same numbers
   DINO as φ      several variants   B/16, in float32               B/16 or S/16, under training's autocast
 """
 import torch
@@ -58,7 +57,7 @@ from torch import nn
 
 TUBELET = 2  # frames in a tube
 PROJECTION = (1024, 1024, 512, 256)  # widths of φ's layers; the last one is E
-SIZES = {  # patch: a tube's side in pixels; "tiny" is not from the paper
+SIZES = {  # patch: a tube's side in pixels (`patches` elsewhere is a count); "tiny" is not from the paper
     "tiny": dict(patch=8, width=128, depth=4, heads=2, decoder_width=64, decoder_depth=2, decoder_heads=1,
                  projection=(256, 64)),
     "small": dict(patch=16, width=384, depth=12, heads=6, decoder_width=192, decoder_depth=4, decoder_heads=3,
@@ -127,7 +126,7 @@ def normalize_tubes(tubes):
     """Standardises each colour of each tube in [..., P]: the input of the MLP φ, and the target of VideoMAE.
 
     The authors compute (x - mean) / (deviation + 1e-6) on pixels in [0, 1]. Here pixels are
-    ImageNet-normalised, so divided by about 0.226; dividing the 1e-6 by it too gives the same numbers."""
+    ImageNet-normalised, that is divided by about 0.226, and so is the 1e-6: the same up to rounding."""
     x = tubes.unflatten(-1, (-1, 3)).float()  # [..., P / 3, 3]
     # Subtracting the first pixel makes one-coloured tubes exactly 0; a rounded mean would leave noise.
     x = x - x[..., :1, :]
@@ -158,26 +157,26 @@ def sinkhorn(scores, eps=0.05, iterations=10):
     >>> [round(share, 2) for share in sinkhorn(scores, eps=0.1)[:, 0].tolist()]
     [0.82, 0.62, 0.38, 0.18]
 
-    With softmax all choose prototype 1, with Sinkhorn the two that like it most: each column sums to 2. This
+    With softmax all choose prototype 1, with Sinkhorn the two that like it most: columns sum to N/K = 2. This
     is the paper's optimal transport with log X = x̃ (its KL term is a constant minus the entropy):
 
         max over Q ≥ 0 of  Σ_ik Q_ik x̃_ik - ε Σ_ik Q_ik log Q_ik   where  Σ_k Q_ik = 1/N, Σ_i Q_ik = 1/K
 
     Tubes ship 1/N each to prototypes that take 1/K each. With Lagrange multipliers α_i, β_k the derivative
-    x̃_ik - ε (log Q_ik + 1) - α_i - β_k is 0 where q_ik = N·Q_ik = u_i exp(x̃_ik/ε) v_k, u_i ~ exp(-α_i/ε),
-    v_k ~ exp(-β_k/ε). Sinkhorn-Knopp starts at u = 1 and alternates: v to meet the condition on the columns,
-    then u to meet the one on the rows.
+    x̃_ik - ε (log Q_ik + 1) - α_i - β_k must be 0. Solved for q = N·Q: q_ik = u_i exp(x̃_ik/ε) v_k, with
+    u_i ∝ exp(-α_i/ε) and v_k ∝ exp(-β_k/ε). Sinkhorn-Knopp starts at u = 1 and alternates: v to make the
+    columns even, then u to make the rows sum to 1.
 
     scores: cosines of features and prototypes, any floating dtype. In a distributed run pass this process's
-    rows: N and the column sums are over all processes, which must call this together.
+    rows ([N] in the code). The formula's N is over all processes, which must call this together.
     eps: ε; a larger one spreads each tube over more prototypes.
-    iterations: the authors take 10, which is not converged: columns are roughly even. 0 is a plain softmax.
+    iterations: the authors take 10, before it converges: columns are roughly even. 0 is a plain softmax.
     Returns q, float32; rows sum to 1; finite for finite scores. Pastes with: all_reduce, rescaled_exp."""
     device_type = "cuda" if scores.is_cuda else "cpu"
     with torch.autocast(device_type, enabled=False):  # half precision is too coarse for u and v
         if iterations == 0:
             return (scores.float() / eps).softmax(dim=1)
-        exp_scores, u = rescaled_exp(scores, eps)  # a safe form of exp(x̃/ε) [N, K] and u = 1 [N]
+        exp_scores, u = rescaled_exp(scores, eps)  # in place of exp(x̃/ε) [N, K] and u = 1 [N]: the same q
         for _ in range(iterations):
             column_sums = all_reduce(exp_scores.T @ u)  # [K]
             v = 1 / column_sums  # every prototype is used equally
@@ -189,14 +188,14 @@ def sinkhorn(scores, eps=0.05, iterations=10):
 
 
 def rescaled_exp(scores, eps):
-    """exp(x̃/ε) [N, K], its rows and columns rescaled against overflow, and the start u [N] to match.
+    """exp(x̃/ε) [N, K] with columns divided by b_k, then rows by a_i; and a [N], at which u has to start.
 
-    Not needed at the authors' ε, where exp(x̃/ε) is at most e^33. But at ε = 0.01 it is up to e^100, too much
-    for float32. Dividing everything by one value is not enough: a tube far from all prototypes would become a
-    row of zeros, and its u = 1/0. So each column is divided by its largest entry b_k, then each row by its
-    largest a_i: every row and column holds a 1, and no sum in `sinkhorn` is 0. q does not change: if u starts
-    at a, the first column sums are the true ones over b_k; v then takes up b_k, and every later u takes up
-    a_i. From u = 1, ten iterations would give another q. Pastes with: all_reduce."""
+    Not needed at the authors' ε, where exp(x̃/ε) is at most e^33; at ε = 0.01 it is up to e^100, too much for
+    float32. b_k is the largest entry of the column, a_i then that of the row: every row and column holds a 1,
+    and no sum in `sinkhorn` is 0. (One divisor for all would leave only zeros in the row of a tube far from
+    all prototypes.) q stays: with u = a the first column sums are the plain ones over b_k, so each v is b_k
+    times the plain v and the next u is a_i times the plain u. Both cancel in u_i · entry · v_k. From u = 1,
+    ten iterations would give another q. The code has the logarithms of a and b. Pastes with: all_reduce."""
     logits = (scores.float() / eps).clamp_(-1e38, 1e38)  # x̃/ε, clamped as inf - inf is NaN
     column_max = all_reduce(logits.amax(dim=0), "MAX")  # [K]; a column extends over all processes
     logits.sub_(column_max)  # before the exp: this divides the column
@@ -218,16 +217,16 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
         L = 1/N Σ_i [ CE(x̃_i^φ/τ, q_i^Ψ) + CE(x̃_i^Ψ/τ, q_i^φ) ],   CE(s, q) = -Σ_k q_k log softmax(s)_k
 
-    x_psi, x_phi: x^Ψ and x^φ [N, E], normalised here. prototypes: C [K, E], a float32 Parameter, which this
-    sets to unit length in place; under DDP register it in the wrapped module, and call this inside its
-    forward. Use many more tubes than prototypes (the authors: 640 clips · 1408 tubes = 300 K, over all
+    x_psi, x_phi: x^Ψ and x^φ [N, E], normalised here. prototypes: C [K, E], a float32 Parameter, set to unit
+    length in place. Under DDP it must belong to the wrapped module, whose forward must call sigma_loss. Use
+    many more tubes than prototypes (the authors: 640 clips · 1408 tubes, 300 for each prototype, over all
     processes), or lower K. Accumulating gradients does not help: Sinkhorn sees one batch at a time.
     eps, iterations: see `sinkhorn` (the authors: ε = 0.05, or 0.03 for ViT-B on SSv2). temperature: τ.
-    assignment: "soft" takes q as the target, as the text does; "hard" takes its argmax, as the authors' code
-    does. Early in training all scores are close and q is nearly flat, although ε < τ sharpens it; its argmax
-    is not. The argmax favours rarely used prototypes, through v, but need not use all equally.
-    Returns the loss and a dict for `loss_statistics`, with an [N, K] tensor in it: do not keep it. ValueError
-    for features that are not [N, E]. Pastes with: all_reduce, rescaled_exp, set_to_unit_length, sinkhorn."""
+    assignment: "soft" takes q as the target, as the text does; "hard" its argmax, as the authors' code does.
+    Early in training q is nearly flat, although ε < τ sharpens it, and teaches little; a one-hot target is
+    never flat. Through v the argmax favours rarely used prototypes, but it need not use all equally.
+    Returns the loss and a dict for `loss_statistics`; drop the dict after use, it holds an [N, K] tensor.
+    ValueError for other shapes. Pastes with: all_reduce, rescaled_exp, set_to_unit_length, sinkhorn."""
     if x_psi.ndim != 2 or x_psi.shape != x_phi.shape or x_psi.shape[1] != prototypes.shape[1]:
         raise ValueError("features must be [N, E], one row per masked tube, and prototypes [K, E]; given are "
                          f"{list(x_psi.shape)}, {list(x_phi.shape)} and {list(prototypes.shape)}")
@@ -262,8 +261,9 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
 
 @torch.no_grad()
 def loss_statistics(parts):
-    """Scalars to watch, from the dict of `sigma_loss`. Of this process: its terms and agreement, the share of
-    tubes assigned alike. Of all: perplexity, spread. Pastes with: all_reduce, perplexity, spread."""
+    """Scalars to watch, from the dict of `sigma_loss`. This process's loss terms and agreement, the share of
+    tubes with argmax q^Ψ = argmax q^φ; perplexity and spread of φ over all processes.
+    Pastes with: all_reduce, perplexity, spread."""
     alike = parts["hard_psi"] == parts["hard_phi"]  # [N]
     return {"loss_video": parts["loss_video"], "loss_projection": parts["loss_projection"],
             "agreement": alike.float().mean(), "perplexity": perplexity(parts["scores_phi"]),
@@ -296,7 +296,7 @@ class SIGMA(nn.Module):
 
     size: "tiny", "small", "base", "large" or "huge". frames, image_size: of the clips it will be given.
     target: what φ is. "mlp": a small network trained with Ψ; "dino": a frozen image network, so that only C
-    learns from φ's loss term; "pixel": no network, the pixels themselves.
+    learns from φ's loss term; "pixel": no network, but the pixels, standardised.
     loss: "sigma", or "l2", which is VideoMAE with "pixel" and collapses with "mlp".
     num_prototypes: K. eps, iterations, temperature, assignment: see `sigma_loss`.
     teacher: the DINO network, "vitb16" or "vits16". It is random until you load DINO's public file:
@@ -348,8 +348,7 @@ class SIGMA(nn.Module):
 
         video: [B, 3, T, H, W], ImageNet-normalised. mask: bool [B, S] from `tube_mask`. The dict is that of
         `loss_statistics`; with loss "l2" it holds only `spread`, with pixels nothing. The loss starts near
-        2·ln K and may rise at first, as its targets change too: it is no measure of progress. All processes
-        have to call this together. ValueError for shapes that the model was not built for."""
+        2·ln K and may rise at first, as its targets change: it measures no progress. ValueError: wrong shapes."""
         check_inputs(self, video, mask)
         visible, masked = split_mask(mask, video.device)  # [B, V], [B, M]
         tubes = patchify(video, self.patch)  # [B, S, P]
@@ -430,8 +429,9 @@ class SIGMA(nn.Module):
 class Encoder(nn.Module):
     """The encoder of Ψ, a ViT on the given tubes: tubes [B, n, P], their indices [B, n] -> tokens [B, n, D].
 
-    drop_path: chance of skipping a branch, rising linearly from 0 to this over the blocks. recompute: see
-    `run_blocks`. Pastes with: TUBELET, Attention, Block, init_linear, run_blocks, sincos_table."""
+    A tube's values are in the order of `patchify`. drop_path: chance of skipping a branch, rising linearly
+    from 0 to this over the blocks. recompute: see `run_blocks`.
+    Pastes with: TUBELET, Attention, Block, init_linear, run_blocks, sincos_table."""
     def __init__(self, num_tubes, patch, width, depth, heads, drop_path=0.0, recompute=False):
         super().__init__()
         # A Conv3d only to match the checkpoint; without overlap it is the same Linear layer for every tube.
@@ -570,7 +570,7 @@ class Attention(nn.Module):
 
 def run_blocks(blocks, x, recompute=False):
     """Applies the blocks in order. recompute: keep only each block's input and compute the rest again in the
-    backward pass (activation checkpointing): same numbers, less memory, a third more time."""
+    backward pass (activation checkpointing): same numbers, less memory, about a third more time."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
@@ -660,7 +660,7 @@ def drifting_textures(textures, batch, frames=4):
     """Clips [batch, 3, frames, H, W]: each shows one texture of [n, 3, H, W], drifting at its own speed."""
     clips = []
     for texture in textures[torch.randint(len(textures), (batch,))]:
-        speed = 2 * torch.rand(2) - 1  # pixels a frame, down and right
+        speed = 2 * torch.rand(2) - 1  # pixels per frame, down and right
         shifts = [(t * speed).round().int().tolist() for t in range(frames)]
         clips.append(torch.stack([texture.roll(shift, dims=(1, 2)) for shift in shifts], dim=1))
     return torch.stack(clips)
@@ -670,7 +670,7 @@ def demonstration(steps=100, batch=32, seed=0):
     """Four models learn from the same toy clips; the two that reach a perfect loss are the two failures.
 
     L2: both networks output a constant. no Sinkhorn: nothing makes the assignments even, one prototype takes
-    all. SIGMA: features stay apart. soft: the same with q as the target, which says little this early."""
+    all. SIGMA: features stay apart. soft: SIGMA with soft targets, which are nearly flat in so few steps."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # for the same numbers on machines with more cores
     runs = {"L2": {"loss": "l2"}, "no Sinkhorn": {"iterations": 0}, "SIGMA": {},
@@ -681,7 +681,7 @@ def demonstration(steps=100, batch=32, seed=0):
         optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-3)
     textures = torch.randn(8, 3, 8, 8).tile(1, 1, 4, 4)  # [8, 3, 32, 32]; period 8 is the size of a tube
 
-    print("Collapse: spread is 0.1 or less (random weights: 0.6), or perplexity, prototypes in use, is 1.\n"
+    print("Collapse: spread (random weights: 0.6) is under 0.1, or perplexity, prototypes in use, is 1.\n"
           "Learning: no collapse, and agreement (tubes that both networks assign alike) far above 1/32.")
     for step in range(1, steps + 1):
         video = drifting_textures(textures, batch)
