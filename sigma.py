@@ -346,9 +346,9 @@ class SIGMA(nn.Module):
     def forward(self, video, mask):
         """A training step's loss, and a dict of scalars to watch.
 
-        video: [B, 3, T, H, W], ImageNet-normalised. mask: bool [B, S] from `tube_mask`. The dict is that of
-        `loss_statistics`; with loss "l2" it holds only `spread`, with pixels nothing. The loss starts near
-        2·ln K and may rise at first, as its targets change: it measures no progress. ValueError: wrong shapes."""
+        video: [B, 3, T, H, W], ImageNet-normalised. mask: bool [B, S] from `tube_mask`; ValueError for other
+        shapes. The dict is that of `loss_statistics`; with loss "l2" it holds only `spread`, with pixels
+        nothing. The loss starts near 2·ln K and may rise, as its targets change: it measures no progress."""
         check_inputs(self, video, mask)
         visible, masked = split_mask(mask, video.device)  # [B, V], [B, M]
         tubes = patchify(video, self.patch)  # [B, S, P]
