@@ -4,10 +4,16 @@
     python data.py bench PATH        says what reading a clip costs
     python data.py demo DIR          writes the demo's videos
 
-The file reads from a video to a batch: what a file holds, reading its frames, which frames and which part of
-the picture a clip takes, the data set, the loader. Below a line of === come `prepare`, the demo and the
-command line. Every clip, crop and mask is a function of (seed, epoch, index). A file that cannot be read is
-reported; in training another video is drawn in its place."""
+From files to batches, which is also the order of this file:
+
+    clips = Clips(find_videos(PATH))
+    batches = load(clips, EpochSampler(len(clips), 8), workers=8)       # without end
+    for batch in batches_to_device(batches, torch.device("cuda")):
+        video = normalize(batch["video"])                               # [8, 3, 16, 224, 224]
+
+Below a line of === come `prepare`, the demo and the command line. A clip is a function of (seed, epoch,
+index) and of the files. One that cannot be read is named in batch["bad"] (nothing is printed) and in training
+replaced. One whose end is missing is used as far as it goes, and named only if less than a clip is left."""
 import argparse
 import bisect
 import colorsys
@@ -50,18 +56,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
 # Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
-# Titles in an old encoding must not be errors. PyAV 19 ignores them by itself, without this argument.
+# Needed before PyAV 19: titles in an old encoding are no error. (Strings will do: versions have two digits.)
 LENIENT = {"metadata_errors": "ignore"} if av.__version__ < "19" else {}
-COVER = av.stream.Disposition.attached_pic  # a still picture, no video
+COVER = av.stream.Disposition.attached_pic  # marks a stream that is only a still picture
 MAX_PIXELS = 8192 * 8192  # of a frame: a damaged header can ask for any amount of memory
 MAX_KEPT_BYTES = 64 << 20  # the packets of larger files are not kept in memory
 ATTEMPTS = 20  # draws of a video, or starts of the workers, that may fail in a row
 
-
-# How many cores this process may use: those it is bound to, and no more than its container grants.
+# How many cores this process may use: those it is bound to, and no more than Docker or Slurm grants it.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 with suppress(OSError, ValueError):
-    # Linux writes a container's share as "quota period"; the quota is "max" where there is no limit.
+    # Linux writes what is granted as "quota period"; the quota is "max" where there is no limit.
     quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     CORES = min(CORES, math.ceil(int(quota) / int(period)))
 
@@ -71,15 +76,15 @@ class VideoError(Exception):
 
 
 class WorkerError(RuntimeError):
-    """The loader cannot go on: workers ended or stood still, or too many videos took them along."""
+    """The loader cannot go on: its workers fail, or too many videos crash or hang them."""
 
 
 @contextmanager
 def file_errors():
     """Turns what FFmpeg, PyAV, Pillow (SyntaxError) and the system raise about a file into VideoError.
 
-    A lost disk or a full memory looks the same. It stands only around code that touches files and frames, so
-    wrong arguments and a user's bugs pass through."""
+    A lost disk or a full memory becomes one, too. We use it only around code that touches files and frames:
+    errors that wrong arguments or bugs raise elsewhere stay what they are."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, LookupError,
@@ -88,7 +93,7 @@ def file_errors():
 
 
 def one_line(error):
-    """The text of an exception on one line; of a system's error without the path."""
+    """The text of an exception on one line. The path that an OSError would add is left out."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 
@@ -100,8 +105,7 @@ def one_line(error):
 #   stream             one track of a file: the video, the sound, subtitles
 #   codec              a way to compress video (H.264, AV1), and here the decoder for it
 #   packet             a compressed piece of a stream; of a video, as a rule, one frame
-#   demuxing           taking the packets out of a file, which is quick; decoding, which makes frames of them,
-#                      is slow
+#   demuxing           taking packets out of a file, which is quick; to decode them to frames is slow
 #   presentation time  when the frame of a packet is to be shown, in ticks of the stream's clock (`pts`)
 #   keyframe           a frame that needs no other one, so that decoding can start there
 #   B-frame            a frame made from an earlier and a later one. The file has the later one first, so
@@ -113,17 +117,18 @@ def one_line(error):
 # The truth is a decode of the whole file: frame n is the n-th to come out, from 0. That takes seconds. To
 # start at a keyframe shortly before the wanted frames takes milliseconds, but needs times that are right. So
 # each opening demuxes (that is, reads) the whole file, and the functions of `Index` say how far its times can
-# be trusted. For each rule there is a kind of file that breaks without it.
+# be trusted.
 
 class Index:
     """What demuxing says about a video. Packets are numbered in the order of the file.
 
-    packets     the packets themselves (a damaged last one, too); an empty list unless `keep`
-    times       their presentation times, None where the file has none
-    keys        numbers of those that the file calls keyframes
-    shown       numbers of those that are shown, so not hidden by an edit list
-    smallest    bytes of the smallest one
-    cut         why the end of the video is missing, None if it is not"""
+    packets      the packets themselves; an empty list unless `keep`
+    times        their presentation times, None where the file has none
+    keys         numbers of those that the file calls keyframes
+    shown        numbers of those that are shown, so not hidden by an edit list
+    shown_times  their times
+    smallest     bytes of the smallest packet
+    cut          why the end of the video is missing; None if nothing is missing"""
     def __init__(self, container, stream, keep):
         self.codec = stream.codec_context
         self.packets = []
@@ -157,13 +162,13 @@ class Index:
         self.smallest = min(sizes)
 
     def times_tell_frames_apart(self):
-        """Every frame has a time of its own. Raw H.264 has no times at all."""
+        """Whether every frame has a time, and no other frame has the same."""
         return None not in self.times and len(set(self.shown_times)) == len(self.shown)
 
     def times_are_of_decoding(self):
-        """Whether the times say when to decode: frames are reordered, but their times ascend through the
-        file. So it is in AVI, which knows no other times, and in copies of it. The codec mpeg4 (XviD, DivX;
-        not the format mp4) mostly comes from AVI, so with B-frames its times are never trusted."""
+        """Whether the times say when to decode: they ascend through the file, though its header allows that
+        frames are reordered (has_b_frames). So it is in AVI and in files copied from AVI. The codec mpeg4
+        (XviD, DivX; not the format mp4) mostly comes from there: with B-frames we never trust its times."""
         ascend = self.shown_times == sorted(self.shown_times)
         return self.codec.has_b_frames and (ascend or self.codec.name == "mpeg4")
 
@@ -176,16 +181,16 @@ class Index:
         return self.shows_before_keyframe()
 
     def shows_before_keyframe(self):
-        """Whether frames come before the first keyframe, as in a copy cut out of a video: they may lack what
-        they refer to. For files whose times are complete."""
+        """Whether frames come before the first keyframe, as in a copy cut out of a video: the frames they are
+        made from may be missing. To be asked only where every packet has a time."""
         if not self.keys or self.shown[0] < self.keys[0]:
             return True
         return min(self.shown_times) < self.times[self.keys[0]]
 
 
 def stops_early(container, last_packets):
-    """Whether every stream stops well before the length in the header, a sign that a Matroska file is cut:
-    FFmpeg drops its half packet at the end silently. If the sound alone goes on, the video is whole."""
+    """Whether every stream stops well before the length in the header, the sign that a Matroska file is cut:
+    FFmpeg silently drops the half packet at its end. If the sound alone goes on, the video is whole."""
     early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
     return "matroska" in container.format.name and all(
         packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
@@ -193,13 +198,13 @@ def stops_early(container, last_packets):
 
 # ============ reading its frames ============
 # `Video` decides, by the index, from where it decodes; `read` makes clips. If you want frames alone, call
-# `read_clip` below. To copy it, take the imports and constants above, VideoError, file_errors down to
-# read_clip, frame_numbers and square_crop.
+# `read_clip` below. To copy that, take VideoError, everything from file_errors to read_clip, frame_numbers,
+# square_crop, the constants FORMATS to MAX_KEPT_BYTES, and the imports. PyAV must be 15 or newer.
 
 class Video(AbstractContextManager):
-    """An open video, to be closed by `with`. `frames` is how many it shows (at most, unless `exact`), `read`
-    gives any of them. A video whose end is missing (index.cut) is as long as what is left; only a clip that
-    reaches beyond that is an error.
+    """An open video, to be closed by `with`. `frames` is how many frames it shows (at most, unless `exact`),
+    `read` gives any of them. A video whose end is missing (index.cut) is as long as what is left; only a clip
+    that reaches beyond that is an error.
 
     `times` says when frame 0, 1, ... is shown, if decoding can start at keyframes. None: the file's times
     cannot be trusted, and frames are counted from the beginning. Raises VideoError."""
@@ -214,8 +219,8 @@ class Video(AbstractContextManager):
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
-            # fresh: packet 0 can be decoded without opening again. Indexing has left the file at its end,
-            # which does no harm where the packets were kept.
+            # fresh: the decoder is unused, and packet 0 is at hand. Indexing leaves the file at its end, so
+            # packet 0 is at hand only if the packets were kept.
             self.fresh = self.keep
             self.decide()
         except BaseException:
@@ -227,8 +232,7 @@ class Video(AbstractContextManager):
 
     @file_errors()
     def open(self):
-        """Opens the file (again), with a fresh decoder. What was open before stays so: packets refer to
-        it."""
+        """Opens the file (again), with an unused decoder. What was open stays open: packets refer to it."""
         limits = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no file leads to another one
         try:  # "file:": a name with a colon is no address
             container = av.open(f"file:{self.path}", container_options=limits, **LENIENT)
@@ -260,22 +264,21 @@ class Video(AbstractContextManager):
                 self.exact = False
         else:
             self.times = sorted(index.shown_times)
-            doubtful = index.packets_may_not_be_frames() or self.is_interlaced()
-            if doubtful and self.count() != self.times:
-                self.times = None
+            if index.packets_may_not_be_frames() or self.is_interlaced():
+                if self.count() != self.times:  # a full decode, each time such a file is opened
+                    self.times = None
 
     def is_interlaced(self):
-        """Whether this is H.264 of camcorders and broadcast, which can put the two fields of a frame into two
-        packets. A wrong yes is safe, but costs a decode of the file at each opening."""
+        """Whether this may be H.264 of camcorders and broadcast, which can put the two fields of a frame (its
+        even and its odd lines) into two packets. A wrong yes is safe, but costs a full decode."""
         if self.codec.name != "h264":
             return False
         if hasattr(self.codec, "field_order"):
             return self.codec.field_order != 1  # 1: known to be progressive
-        # Before PyAV 18 we look at two frames.
-        return any(frame.interlaced_frame for frame in islice(self.decode(), 2))
+        return any(frame.interlaced_frame for frame in islice(self.decode(), 2))  # PyAV before 18
 
     def count(self):
-        """Decodes the whole file, sets `frames` and returns their times. Damage is an error here."""
+        """Decodes the whole file, sets `frames`, returns their times. If that fails, so does Video()."""
         times = [frame.pts for frame in self.decode()]
         self.frames = len(times)
         return times
@@ -295,6 +298,7 @@ class Video(AbstractContextManager):
         return islice(self.demux(), first, None)
 
     def demux(self, time=None):
+        """Yields the video's packets from the start, or from about this time on."""
         with file_errors():
             if time is not None:
                 self.container.seek(time, stream=self.stream)
@@ -305,18 +309,17 @@ class Video(AbstractContextManager):
     def decode(self, first=0, end=None, wanted=None):
         """Yields what the decoder makes of the packets from `first` to before `end`, in the order of showing.
 
-        wanted: times of the frames that matter. H.264 and HEVC then leave out frames that are neither wanted
-        nor needed by others, a quarter to half of the work."""
+        wanted: times of the frames that matter. Of H.264 and HEVC we then skip frames that are neither wanted
+        nor needed to decode others (NONREF), a quarter to half of the work."""
         if first == 0 and not self.fresh:
-            self.open()  # back to the start; and a used decoder may remember, a palette for instance
+            self.open()  # goes back to the start; and a used decoder may remember an old palette, say
         if end is None:
             end = len(self.index.times)
         packets = islice(self.packets_from(first), end - first)
         if not self.fresh:
             self.codec.flush_buffers()
         self.fresh = False
-        for packet in chain(packets, [None]):
-            # packet None asks for what the decoder still holds back.
+        for packet in chain(packets, [None]):  # None asks for the frames that the decoder still holds back
             if self.codec.name in ("h264", "hevc"):  # AV1's decoder reads this setting only when it opens
                 needed = wanted is None or packet is None or packet.pts in wanted
                 self.codec.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -325,19 +328,20 @@ class Video(AbstractContextManager):
             yield from frames
 
     def decode_all(self):
-        """Yields every frame from the beginning. Raises VideoError where one is damaged or missing."""
+        """Yields every frame from the beginning. Raises VideoError where the decoder reports damage (of some
+        it says nothing), and where frames are missing, extra or late, if `times` or `exact` can tell."""
         count = 0
         for frame in self.decode():
             if frame.is_corrupt:
                 raise VideoError(f"frame {count} is damaged")
             if self.times and self.times[count:count + 1] != [frame.pts]:
-                raise VideoError(f"frame {count} is missing")
+                raise VideoError(f"frame {count} is missing, or its time is wrong")
             yield frame
             count += 1
         if count == 0 or self.exact and count < self.frames:
             raise VideoError(self.index.cut or f"frame {count} is missing")
 
-    # ---- frames by number: (n, frame) for ascending numbers n ----
+    # ---- frames by number: both yield (n, frame) for these ascending numbers n ----
     def from_beginning(self, numbers):
         for n, frame in enumerate(self.decode_all()):
             if n in numbers:
@@ -346,39 +350,40 @@ class Video(AbstractContextManager):
                 return
         if self.index.cut:
             raise VideoError(self.index.cut)
-        for number in numbers:  # there were more packets than frames; the last frame is repeated
+        for number in numbers:  # there were fewer frames than packets: the last frame is repeated
             if number > n:
                 yield number, frame
 
     def from_keyframes(self, numbers):
-        """Starts at the last keyframe before each wanted frame. VideoError if that is no true keyframe, if a
-        frame is marked as damaged, or if a wanted one does not come out."""
+        """Starts at the last keyframe before each wanted frame. Raises VideoError if decoding cannot start
+        there, if a frame is marked as damaged, or if a wanted one does not come out."""
         for first, end, number_at in self.runs(numbers):
             start = self.index.times[first]
             newest = start - 1  # no frame yet
             for frame in self.decode(first, end, number_at):
                 if frame.pts is not None and frame.pts < start:
                     continue  # an open group's: it needs frames from before the keyframe
-                if first > 0 and newest < start:
+                if first > 0 and newest < start:  # the first frame of this run
                     self.check_entry(frame)
                 if frame.pts is None or frame.pts <= newest or frame.is_corrupt:
                     raise VideoError("a frame is damaged, or its time is")
                 newest = frame.pts
                 if newest in number_at:
-                    yield number_at.pop(newest), frame  # decode has fed its packet already
+                    yield number_at.pop(newest), frame  # decode reads number_at too, but is past this packet
             if number_at:
                 raise VideoError(f"frame {min(number_at.values())} is missing")
 
     def check_entry(self, frame):
-        """Some files call every packet a keyframe (mp4 without a table of them, H.263 of phones, AVI without
-        an index). A picture of 8 bits needs the palette, which comes with the first packet alone."""
+        """Raises VideoError if decoding cannot start at this frame. Some files call every packet a keyframe
+        (mp4 or AVI without a table of keyframes, H.263). Frames of the format pal8 need a palette, the table
+        of their colours, that only packet 0 brings."""
         if not frame.key_frame or frame.format.name == "pal8":
             raise VideoError("its keyframes are no good places to start")
 
     def runs(self, numbers):
-        """Stretches of packets that hold these frames: [first, end, {time of a frame: its number}].
-
-        We enter at the last keyframe that comes before the frame both in the file and in time."""
+        """Runs of packets that hold these frames, as from_keyframes unpacks them: [first packet, the packet
+        after the last, {time of a frame: its number}]. Each starts at the last keyframe that comes before its
+        first frame both in the file and in time."""
         times, keys = self.index.times, self.index.keys
         packet_of = {times[packet]: packet for packet in self.index.shown}
         runs = []
@@ -387,7 +392,7 @@ class Video(AbstractContextManager):
             packet = packet_of[time]
             before = keys[:bisect.bisect_right(keys, packet)]
             first = next((key for key in reversed(before) if times[key] <= time), 0)
-            if not runs or first > runs[-1][1]:  # what lies between two runs is skipped
+            if not runs or first > runs[-1][1]:  # the packets from the last run's end to here are skipped
                 runs.append([first, 0, {}])
             run = runs[-1]
             run[1] = max(run[1], packet + 1)
@@ -395,17 +400,17 @@ class Video(AbstractContextManager):
         return runs
 
     def read(self, views, size=224):
-        """A list of one uint8 array [3, T, size, size] (RGB) for every view, by one decode for all (a second
-        one, from the beginning, if keyframes fail).
+        """A list of one uint8 NumPy array [3, T, size, size] (RGB) for every view, by one decode for all (a
+        second one, from the beginning, if keyframes fail). read_clip and Clips' transform have T before 3.
 
-        views: list of (T frame numbers from 0, in any order, crop); beyond the end stands the last frame.
+        views: list of (T frame numbers in any order, crop); below 0 stands frame 0, beyond the end the last.
         crop: (x, y, width, height) of the picture as it is displayed, or a function of its width and height,
         or None: the centred square. Raises VideoError, and ValueError for a crop that is not inside."""
         end = max(max(numbers) for numbers, _ in views)
         if self.index.cut and end >= self.frames:
             raise VideoError(self.index.cut)
         limit = self.frames - 1 if self.exact else end
-        clips = [ClipMaker([min(n, limit) for n in numbers], crop, size) for numbers, crop in views]
+        clips = [ClipMaker([max(0, min(n, limit)) for n in numbers], crop, size) for numbers, crop in views]
         wanted = sorted({n for clip in clips for n in clip.numbers})
         ways = [self.from_keyframes, self.from_beginning] if self.times else [self.from_beginning]
         for way in ways:
@@ -420,8 +425,8 @@ class Video(AbstractContextManager):
 
 
 class FilterGraph:
-    """Turns frames the way they are displayed, and filters them, in libavfilter: one graph for every
-    geometry.
+    """Rotates frames as they are to be displayed, and filters them, by libavfilter, a part of FFmpeg. Frames
+    of one size and pixel format share a graph: a chain of filters, made once.
 
     filters: a function of the displayed width and height -> [(name of a filter, its arguments), ...]."""
     def __init__(self, filters):
@@ -446,13 +451,13 @@ class ClipMaker(FilterGraph):
         self.pictures = np.empty((3, len(numbers), size, size), np.uint8)
 
     def take(self, n, frame):
-        """Puts frame n wherever the clip shows it."""
-        places = [t for t, number in enumerate(self.numbers) if number == n]
-        if places:
-            frame = self(frame)  # turned, cropped, scaled
-            for channel, plane in zip((1, 2, 0), frame.planes):  # gbrp: green, blue, red
+        """Puts frame n wherever the clip shows it, perhaps several times or never."""
+        positions = [t for t, number in enumerate(self.numbers) if number == n]
+        if positions:
+            frame = self(frame)  # it is rotated, cropped and scaled now
+            for channel, plane in zip((1, 2, 0), frame.planes):  # gbrp's planes are green, blue, red
                 lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-                self.pictures[channel, places] = lines[:, :frame.width]  # lines are padded
+                self.pictures[channel, positions] = lines[:, :frame.width]  # lines are padded
 
 
 @file_errors()
@@ -463,7 +468,7 @@ def build_graph(frame, steps):
     if frame.format.components[0].bits > 8:  # libavfilter's crop at an odd x would shift their colours
         steps = [("format", "yuv444p16le"), *steps]
     links = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name,
-                              time_base=Fraction(1, 25))]
+                              time_base=Fraction(1, 25))]  # any will do: nobody reads times from the graph
     for step in [*steps, ("buffersink",)]:
         links.append(graph.add(*step))
     graph.link_nodes(*links).configure()
@@ -471,8 +476,10 @@ def build_graph(frame, steps):
 
 
 def upright(frame):
-    """Filters that turn a frame as its file asks for, as phones do, and its width and height then."""
-    turns, width, height = [], frame.width, frame.height
+    """Filters that rotate or mirror a frame as its file asks, and its width and height after that."""
+    turns = []
+    width = frame.width
+    height = frame.height
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         # A pixel at (x, y) is displayed at (ax + cy, bx + dy).
@@ -489,8 +496,7 @@ def upright(frame):
 
 
 def crop_filters(width, height, crop, size):
-    """Filters that cut a crop (see Video.read) out of a picture of that size, scaled to size x size planar
-    RGB."""
+    """Filters that cut a crop (see Video.read) out of a picture and scale it to size x size, in RGB."""
     if crop is None:
         crop = square_crop
     if callable(crop):
@@ -500,15 +506,16 @@ def crop_filters(width, height, crop, size):
         raise ValueError(f"the crop {x, y, w, h} is not inside of the picture, {width}x{height}")
     return [("crop", f"{w}:{h}:{x}:{y}:exact=1"),
             ("scale", f"{size}:{size}:flags=bilinear"),
-            ("format", "gbrp")]  # takes half the time of interleaved RGB
+            ("format", "gbrp")]  # a plane for each colour takes half the time of interleaved RGB
 
 
 def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, generator=None):
-    """uint8 RGB [frames, 3, size, size]: frames start, start + stride, ... of the video as it is shown.
+    """uint8 RGB tensor [frames, 3, size, size]: frames start, start + stride, ... in the order of showing,
+    rotated as the file asks; stride is at least 1. Each call reads the whole file.
 
     Beyond the end the last frame is repeated, or VideoError if the file is cut off there. start: None draws
     one (from `generator`, else PyTorch's own). crop: as in Video.read, scaled bilinearly to a square. Raises
-    VideoError, without the path, if the file cannot be read, ValueError for senseless arguments."""
+    VideoError, without the path, if the file cannot be read, ValueError for arguments out of range."""
     if min(frames, stride, size) < 1 or start is not None and start < 0:
         raise ValueError("frames, stride or size below 1, or start below 0")
     with Video(path) as video:
@@ -521,7 +528,6 @@ def read_clip(path, frames=16, stride=4, start=None, crop=None, size=224, genera
 
 
 # ============ clip: which frames, which part of the picture ============
-
 def frame_numbers(total, frames, stride, place=0.5):
     """A list of `frames` frame numbers out of `total`; with a stride they may run beyond a short video.
 
@@ -542,8 +548,8 @@ def square_crop(width, height, place=0.5):
     return int(place * (width - side)), int(place * (height - side)), side, side
 
 
-# Pretraining's crops, as in the release: width and height are shares of the short side, at most one step of
-# this scale apart; the crop lies at one of 9 + 4 places, counted in quarters of the room that is left.
+# Pretraining's crops, as in the authors' release: width and height are shares of the short side, at most one
+# step of CROP_SCALES apart. A crop lies at one of 9 + 4 places, (0, 0) to (4, 4) quarters of the room left.
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
 CROP_SHAPES = [(w, h) for w in CROP_SCALES for h in CROP_SCALES if abs(w - h) < 0.2]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
@@ -563,8 +569,7 @@ def draw_multi_scale(generator):
 
 
 def draw_resized(generator):
-    """Fine-tuning's crop (Inception's, as in VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3,
-    anywhere."""
+    """Fine-tuning's crop (Inception's, as in VideoMAE): 8 to 100% of the area, aspect 3/4 to 4/3."""
     draws = torch.rand(10, 4, generator=generator).tolist()
 
     def crop(width, height):
@@ -582,15 +587,14 @@ def draw_resized(generator):
 def seeded(*key):
     """A torch.Generator that is a function of these integers, Python's or NumPy's."""
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits fit an int64
 
 
 # ============ data set: folders and lists ============
-
 class Videos:
     """Paths, labels (int64 [n], -1: none) and class names (a list, or None) of a data set.
 
-    The paths are one tensor of bytes, which workers share: strings would be copied into every worker."""
+    `names` is the bytes of all names in one tensor, which workers share: each would copy strings."""
     def __init__(self, root, names, labels=None, classes=None):
         encoded = [os.fsencode(name) for name in names]
         self.root = root
@@ -605,7 +609,7 @@ class Videos:
         return len(self.labels)
 
     def name(self, i):
-        """As the list has it, or relative to the folder."""
+        """A video's path as the list has it, or relative to the folder."""
         return os.fsdecode(self.names[self.ends[i]:self.ends[i + 1]].numpy().tobytes())
 
     def path(self, i):
@@ -617,9 +621,9 @@ def find_videos(source, classes=None):
 
     A folder is searched to any depth for files with a video's suffix; hidden ones are skipped. Its class
     folders become labels 0, 1, ... by name, or those of `classes` (another split's); without class folders,
-    or with videos beside them, there are no labels. A list has `path[ label]` on each line, separated by
-    space, comma or tab; the last field is the label if it is an integer. Relative paths start at the list's
-    folder. A line that repeats is one more video. A comment is # and a blank, or # and what names no file."""
+    or with videos beside them, there are no labels. A list has a path on each line, then perhaps a space,
+    comma or tab and an integer, the label. Relative paths start at the list's folder. A line that repeats is
+    one more video. Lines that start with `# `, or with # and no existing path, are comments."""
     source = os.fspath(source)
     if isdir(source):
         return find_in_folder(source, classes)
@@ -633,16 +637,17 @@ LIST_LINE = re.compile(r"(.+?)(?:(?<![,\s])[,\s]+([+-]?\d{1,6}))?")  # a path, a
 
 def find_in_list(source):
     folder = dirname(source)
-    names, labels = [], []
+    names = []
+    labels = []
     label_of = {}
-    lines = {}  # the first with a label, under True, and the first without one, under False
+    first_line = {}  # whether it has a label -> the first such line
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:  # names can be any bytes
         for number, line in enumerate(map(str.strip, file), 1):
             if "\0" in line:
                 raise ValueError(f"{source}, line {number}: this is no text")
             if not line:
                 continue
-            name, label = LIST_LINE.fullmatch(line).groups("-1")
+            name, label = LIST_LINE.fullmatch(line).groups("-1")  # the label is "-1" where there is none
             label = int(label)
             # HMDB51 has videos whose names begin with #.
             if line[0] == "#" and not (line[1:2].strip() and exists(join(folder, name))):
@@ -651,18 +656,19 @@ def find_in_list(source):
             labels.append(label)
             if label_of.setdefault(name, label) != label:
                 raise ValueError(f"{source}, line {number}: a second label for {name}")
-            lines.setdefault(label >= 0, f"line {number} ({line:.60})")
+            first_line.setdefault(label >= 0, f"line {number} ({line:.60})")
     if not names:
         raise ValueError(f"{source}: has no videos")
-    if len(lines) == 2:
-        raise ValueError(f"{source}, {lines[False]}: has no number as its label, unlike {lines[True]}. "
-                         "Is it a header?")
+    if len(first_line) == 2:
+        raise ValueError(f"{source}, {first_line[False]}: has no number as its label, unlike "
+                         f"{first_line[True]}. Is it a header?")
     return Videos(folder, names, labels)
 
 
 def find_in_folder(source, classes):
-    names, errors = [], []
-    folders = None  # those at the top
+    names = []
+    errors = []
+    folders = None  # those directly in `source`
     for folder, inside, files in os.walk(source, followlinks=True, onerror=errors.append):
         inside[:] = sorted(name for name in inside if name[0] != "." and not is_circle(Path(folder, name)))
         folders = folders or list(inside)
@@ -689,25 +695,25 @@ def is_circle(path):
 
 
 # ============ data set: clips ============
-WHICH, WHERE, MASK, AUGMENT = range(4)  # what a draw is for: with the key, the seed of its random numbers
+WHICH, WHERE, MASK, AUGMENT = range(4)  # a part of each seed, so that no two uses share random numbers
 
 
 @dataclass
 class Clips(Dataset):
-    """Clips of videos, each a function of (seed, epoch, index), and of `bad`. `clips[epoch, index]` is one
+    """Clips of videos, each a function of (seed, epoch, index) and of the files. `clips[epoch, index]` is one
     item:
 
         video  uint8 [R, 3, T, size, size], RGB, for `normalize`
-        mask   bool [R, N], by mask(generator=...), a picklable callable
+        mask   bool [R, N], N tokens: what mask(generator=...) returns, a picklable callable that knows both
         label  int, -1 for none
         index  int, number of the video read; -1: none (evaluation only)
-        bad    list of (path, reason): files that could not be read
+        bad    list of (path, reason): files that could not be read this time; next time they are tried again
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
     `transform`, a picklable uint8 [T, 3, size, size] -> the same, by torch's global generator. An unreadable
     file is replaced by another draw; where ATTEMPTS in a row fail there is a VideoError.
-    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre); zeros for an
-    unreadable file.
+    Evaluation: R = clips x crops views, evenly spread in time and place (1 x 1: the centre). An unreadable
+    file gives zeros with label and index -1: leave it out of the score.
     An index beyond the videos is another draw of index % len."""
     videos: Videos
     frames: int = 16
@@ -716,41 +722,43 @@ class Clips(Dataset):
     seed: int = 0
     train: bool = True
     repeats: int = 1
-    views: tuple = (1, 1)
+    views: tuple = (1, 1)  # numbers of clips and of crops, for evaluation
     mask: object = None
     draw_crop: object = draw_multi_scale
     transform: object = None
 
     def __post_init__(self):
-        self.bad = {}  # number of a video that hung or crashed twice -> why; it is not opened again
+        # Filled by `load`, and no item's list: {number: why} of videos that hung or crashed a worker twice.
+        self.bad = {}  # these are not opened again
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        draw = partial(seeded, self.seed, *key)
-        item = self.read(int(key[1]) % len(self), draw)
+        generator_for = partial(seeded, self.seed, *key)
+        item = self.read(int(key[1]) % len(self), generator_for)
         if self.train and self.transform:
-            with torch.random.fork_rng(devices=[]):  # puts the global generator back
-                torch.default_generator.manual_seed(draw(AUGMENT).initial_seed())  # not the GPU's
+            with torch.random.fork_rng(devices=[]):  # the seed holds in this block alone, and for no GPU
+                torch.default_generator.manual_seed(generator_for(AUGMENT).initial_seed())
                 views = [self.transform(view) for view in item["video"].transpose(1, 2)]
             item["video"] = torch.stack(views).transpose(1, 2)
         if self.mask:
-            item["mask"] = self.mask(generator=draw(MASK))
+            item["mask"] = self.mask(generator=generator_for(MASK))
         return item
 
-    def read(self, video, draw):
+    def read(self, number, generator_for):
         """The item of this video, or of another one where it cannot be read."""
         bad = []
         for attempt in range(ATTEMPTS if self.train else 1):
-            if attempt:  # by the key alone: what failed for others plays no part
-                video = int(torch.randint(len(self), (), generator=draw(attempt, WHICH)))
-            path = self.videos.path(video)
+            if attempt:  # a function of the key, not of what failed before: a resumed run draws the same
+                number = int(torch.randint(len(self), (), generator=generator_for(attempt, WHICH)))
+            path = self.videos.path(number)
             try:
-                with announced(self, video), Video(path) as file:
-                    clips = np.stack(file.read(self.choose(file.frames, draw(attempt, WHERE)), self.size))
-                return {"video": torch.from_numpy(clips), "label": int(self.videos.labels[video]),
-                        "index": video, "bad": bad}
+                with announced(self, number), Video(path) as video:
+                    views = self.choose(video.frames, generator_for(attempt, WHERE))
+                    clips = np.stack(video.read(views, self.size))
+                return {"video": torch.from_numpy(clips), "label": int(self.videos.labels[number]),
+                        "index": number, "bad": bad}
             except VideoError as error:
                 bad.append((path, str(error)))
         if self.train:
@@ -759,7 +767,7 @@ class Clips(Dataset):
         return {"video": torch.zeros(shape, dtype=torch.uint8), "label": -1, "index": -1, "bad": bad}
 
     def choose(self, total, generator):
-        """R views, (frame numbers, crop), of a video of `total` frames."""
+        """R views, a list of (frame numbers, crop), of a video of `total` frames."""
         if not self.train:
             return self.spread(total)
         views = []
@@ -770,8 +778,8 @@ class Clips(Dataset):
         return views
 
     def spread(self, total):
-        """Evaluation's views: every crop of every clip. With a stride, the first clip starts and the last one
-        ends with the video, as in VideoMAE; with stride 0 the clips interleave."""
+        """Evaluation's views: every crop of every clip. With a stride, the first clip starts with the video
+        and the last one ends with it, as in VideoMAE; with stride 0 the frames of the clips interleave."""
         clips, crops = self.views
         views = []
         for clip, crop in product(range(clips), range(crops)):
@@ -786,7 +794,7 @@ class Clips(Dataset):
 
 @dataclass
 class Scenes(Dataset):
-    """Clips of DAVIS's folders, squeezed to a square: items as those of Clips, one view each, and
+    """Clips of DAVIS's folders, squeezed to a square. Items are those of Clips, with one view, and hold
 
         truth  int64 [T, H, W], the masks at their own size: objects 0, 1, ..., and -1: does not count
 
@@ -799,7 +807,7 @@ class Scenes(Dataset):
     size: int = 224
 
     def __post_init__(self):
-        self.bad = {}
+        self.bad = {}  # as in Clips
         root = Path(self.root)
         listed = root / "ImageSets/2017/val.txt"
         chosen = listed.read_text().split() if listed.is_file() else None
@@ -811,13 +819,14 @@ class Scenes(Dataset):
                 videos.setdefault(frame.parent, []).append((frame, mask))
         if not videos:
             raise ValueError(f"{root}: no .jpg below JPEGImages has its .png below Annotations")
-        self.videos = list(videos.values())  # of each its (frame, mask) in order
+        self.videos = list(videos.values())  # for each video its pairs of paths (frame, mask) in order
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        number, bad = int(key[1]), []
+        number = int(key[1])
+        bad = []
         pairs = self.videos[number]
         try:
             with announced(self, number), file_errors():
@@ -831,8 +840,7 @@ class Scenes(Dataset):
         return {"video": video, "truth": truth, "label": -1, "index": number, "bad": bad}
 
     def read(self, pairs):
-        """The middle of a video, uint8 [1, 3, T, size, size], and its masks."""
-        # The last one again where the video is too short.
+        """The middle of a video, uint8 [1, 3, T, size, size], and its masks. The last frame may repeat."""
         numbers = frame_numbers(len(pairs), self.frames, self.stride)
         chosen = [pairs[min(n, len(pairs) - 1)] for n in numbers]
         pictures = [Image.open(frame).convert("RGB").resize((self.size, self.size), Image.BILINEAR)
@@ -840,8 +848,8 @@ class Scenes(Dataset):
         video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]
         truth = torch.from_numpy(np.stack([open_mask(mask) for _, mask in chosen]))
         objects = truth.unique(return_inverse=True)[1]  # the masks' numbers may have gaps
-        # DAVIS-2016 paints its one object with 255, which in 2017 is the border that does not count. A video
-        # of 2016 has no other number in any of its masks.
+        # DAVIS-2016 paints its one object with 255, which in 2017 is the border that does not count. In 2016
+        # all masks of a video have 0 and 255 alone.
         if all(np.isin(open_mask(mask), (0, 255)).all() for _, mask in pairs):
             return video, objects
         return video, objects.where(truth != 255, -1)
@@ -859,7 +867,6 @@ def open_mask(path):
 
 
 # ============ batches ============
-
 def collate(items):
     """Items -> a batch: video [B*R, 3, T, H, W], mask [B*R, N], label, index [B*R], bad (a list); of a single
     item also `truth`, masks of any size."""
@@ -880,13 +887,13 @@ def normalize(video, dtype=torch.float32):
 
     mean = channels(IMAGENET_MEAN)
     std = channels(IMAGENET_STD)
-    scaled = video * (1 / (255 * std)) - mean / std  # (video / 255 - mean) / std in two passes
+    scaled = video * (1 / (255 * std)) - mean / std  # (video / 255 - mean) / std, by two operations
     return scaled.to(dtype)
 
 
 def batches_to_device(batches, device):
-    """The batches, on a CUDA device with their videos copied there (nothing else is), on a stream of its own
-    while the batch before is worked on; on other devices as they are."""
+    """Yields the batches. For a CUDA device it copies their videos (nothing else) there, in a CUDA stream of
+    their own, while the batch before is worked on. For any other device, mps too, nothing is moved."""
     if device.type != "cuda":
         yield from batches
         return
@@ -907,13 +914,12 @@ def batches_to_device(batches, device):
 
 @dataclass
 class EpochSampler:
-    """One rank's batches of (epoch, index), numbers `start` to before `stop` (None: no end); `accumulate` of
-    them make one optimizer step. Raises ValueError.
+    """One rank's batches, lists of (epoch, index): batch `start` to before batch `stop` (None: no end). Step
+    means batch here; `accumulate` batches make one optimizer step, and steps_per_epoch is a multiple of that.
 
     batch_size counts clips of this rank, `repeats` of them from each video. Every epoch is a permutation by
     (seed, epoch), cut into global batches, and these into the ranks' parts. What does not fill the last batch
-    is left out; videos that do not fill one batch come again, as other draws. steps_per_epoch is a multiple
-    of `accumulate`."""
+    is left out; videos that do not fill one batch come again, with an index >= length. Raises ValueError."""
     length: int
     batch_size: int
     rank: int = 0
@@ -935,12 +941,12 @@ class EpochSampler:
         permuted = None
         step = self.start
         while self.stop is None or step < self.stop:
-            epoch, place = divmod(step, self.steps_per_epoch)
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != permuted:
                 order = torch.randperm(self.length, generator=seeded(self.seed, epoch))
                 permuted = epoch
-            first = (place * self.world + self.rank) * self.videos  # the ranks' parts lie side by side
-            numbers = range(first, first + self.videos)  # after the last video comes the first again
+            first = (step_in_epoch * self.world + self.rank) * self.videos  # ranks' parts lie side by side
+            numbers = range(first, first + self.videos)  # positions in `order`, which repeats without end
             yield [(epoch, n - n % self.length + int(order[n % self.length])) for n in numbers]
             step += 1
 
@@ -952,20 +958,20 @@ class EpochSampler:
 # The workers come from a server process ("forkserver") that has one thread and everything imported: none
 # inherits a lock that another thread holds, and a start takes 0.1 s. Windows knows only "spawn".
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-# Exit codes of crashes; on Windows these are from 0xC0000000 on. SIGBUS is none: it means a full /dev/shm.
+# Exit codes of crashes; on Windows they start at 0xC0000000. SIGBUS is left out: it means a full /dev/shm.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
 READ_SECONDS = 120  # after which the reading of a video is taken to hang
-IDLE_SECONDS = 60  # without a batch, though no worker makes one: an error
+IDLE_SECONDS = 60  # with no batch while every worker is idle: this is an error
 WATCH_SECONDS = 1  # how often the loader looks after its workers
-# The board is memory that is shared with the workers, a row for each: whether it makes an item, the number of
-# the video that it reads, and the time from which on that counts as hanging.
+# The board is memory that is shared with the workers. Each has a row: whether it makes an item, the number of
+# the video that it reads, and the time after which that counts as hanging.
 MAKES, VIDEO, DEADLINE = range(3)
 NOTHING = -1
 
 
 @dataclass
 class Watched(Dataset):
-    """A data set whose workers write on the board. strikes: the videos that took a worker along."""
+    """A data set whose workers write on the board. strikes: numbers of videos that crashed or hung one."""
     dataset: Dataset
     board: torch.Tensor
     strikes: set
@@ -981,12 +987,12 @@ class Watched(Dataset):
 
 @contextmanager
 def announced(dataset, number, limit=READ_SECONDS):
-    """Stands around the reading of a video, and writes it on the board. The second try gets twice the time:
-    slow is not hung. Raises VideoError if the loader has given this video up."""
+    """Stands around the reading of a video, and writes it on the board. The second try gets twice the time,
+    as it may only be slow. Raises VideoError if `load` has given this video up."""
     if number in dataset.bad:
         raise VideoError(dataset.bad[number])
     worker = get_worker_info()
-    if worker is None or not isinstance(worker.dataset, Watched):  # a plain DataLoader's
+    if worker is None or not isinstance(worker.dataset, Watched):  # there is no board without `load`
         yield
         return
     row = worker.dataset.board[worker.id]
@@ -1003,7 +1009,7 @@ def preload_workers():
     """Starts the fork server and its imports in the background."""
     if START_METHOD != "forkserver":
         return
-    from multiprocessing import forkserver  # not everywhere
+    from multiprocessing import forkserver  # Windows has none
     multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "av.filter", "tqdm"])
     try:
         forkserver.ensure_running()
@@ -1017,7 +1023,7 @@ def start_worker(_):
     def leave_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
-    gc.freeze()  # the collector would write to all that was imported, and so copy it
+    gc.freeze()  # the garbage collector would write to memory shared with the server, and so copy it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
@@ -1026,11 +1032,11 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     """Yields a batch for each of these lists of keys (an EpochSampler's), made by `workers` processes, each
     `prefetch` batches ahead.
 
-    After a crash or a hang fresh workers make the batch again: first with the same video, then, noted in
-    dataset.bad, without it. With workers=0 it takes the program down. Raises VideoError where draws fail too
-    often in a row, WorkerError where no video is to blame, or too many are; an error in the data set's own
-    code stays itself. dataset: Clips, or any with a dictionary `bad` that reads inside of announced(self,
-    number)."""
+    After a crash or a hang new workers make the batch again, first with the same video, then, noted in
+    dataset.bad, without it. With workers=0 a crash or hang takes the program with it. Raises VideoError where
+    draws fail too often in a row, WorkerError where no video is to blame, or too many are; an error in the
+    data set's own code stays itself. dataset: Clips, or any that has a dictionary `bad` and reads videos
+    inside of `with announced(self, number)`."""
     if workers == 0:
         yield from DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, collate_fn=collate)
         return
@@ -1040,7 +1046,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     starts = 0  # of the workers, without a batch since
     while starts < ATTEMPTS:
         board = torch.full((workers, 3), NOTHING, dtype=torch.float64).share_memory_()
-        keys, asked = tee(keys)  # the workers are asked for batches before `keys` gets there
+        keys, asked = tee(keys)  # the workers run ahead in `asked`; `keys` stays with the batches yielded
         # After its timeout a DataLoader can be asked again: that is the time to look after the workers.
         loader = DataLoader(
             Watched(dataset, board, strikes), batch_sampler=asked, num_workers=workers,
@@ -1052,7 +1058,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
             while not blamed:
                 try:
                     if iterator is None:
-                        iterator = iter(loader)
+                        iterator = iter(loader)  # starts the workers; if it fails, judge raises
                         busy = monotonic()  # when a worker was last seen to make something, or started
                     batch = next(iterator)
                 except StopIteration:
@@ -1063,24 +1069,24 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
                     if 1 in board[:, MAKES]:
                         busy = monotonic()
                     if monotonic() > busy + IDLE_SECONDS:
-                        raise WorkerError(f"no batch for {IDLE_SECONDS} s, though no worker makes one: is "
+                        raise WorkerError(f"no batch for {IDLE_SECONDS} s while all workers are idle: is "
                                           "/dev/shm full (docker's --shm-size)?")
                 else:
                     starts = 0
                     next(keys)
                     yield batch
-                    busy = monotonic()  # work on the batch is no waiting
+                    busy = monotonic()  # the caller's work on the batch does not count as waiting
         finally:
             del iterator  # ends the workers
-        dataset.bad.update({video: why for video, why in blamed.items() if video in strikes})
+        dataset.bad.update({number: why for number, why in blamed.items() if number in strikes})
         strikes.update(blamed)
         starts += 1
     raise WorkerError(f"{starts} times in a row the workers were lost to videos that crash or hang decoders")
 
 
 def judge(error, workers, board):
-    """What an error of the DataLoader means: the videos that took a worker along, {number: why}, none if it
-    is only the timeout, or an error to raise."""
+    """Reads an error of the DataLoader. Returns {number of a video: why} for the videos that hung a worker
+    (which is killed) or crashed it, {} after a mere timeout; raises for everything else."""
     if "in DataLoader worker process" in str(error):  # of the data set itself; the text holds its traceback
         if isinstance(error, VideoError):
             raise VideoError(str(error).rpartition("VideoError: ")[2].strip()) from None
@@ -1089,14 +1095,14 @@ def judge(error, workers, board):
     if lost:
         time.sleep(WATCH_SECONDS)  # a connection breaks before its worker has ended
     blamed = {}
-    for worker, (_, video, deadline) in zip(workers, board):
+    for worker, (_, number, deadline) in zip(workers, board):
         code = worker.exitcode
-        if code is None:
-            if video != NOTHING and monotonic() > deadline:
-                blamed[int(video)] = "its decoder hung"
-                worker.kill()  # one that hangs hears nothing else
-        elif video != NOTHING and (code in CRASHES or code >= 0xC0000000):
-            blamed[int(video)] = "its decoder crashed"
+        if code is None:  # it runs
+            if number != NOTHING and monotonic() > deadline:
+                blamed[int(number)] = "its decoder hung"
+                worker.kill()  # one that hangs reacts to nothing else
+        elif number != NOTHING and (code in CRASHES or code >= 0xC0000000):
+            blamed[int(number)] = "its decoder crashed"
         else:
             reason = "is memory full, or /dev/shm (docker's --shm-size)?"
             if code == 1:  # it could not even start
@@ -1112,11 +1118,9 @@ def judge(error, workers, board):
 # ======================================================================================================
 # Training needs nothing below this line.
 
-
 # ============ prepare: re-encoding for quick random access ============
-# Any clip of the new files is quick to reach: a keyframe every few frames; B-frames that no other frame
-# needs, so that they are left out undecoded; no arithmetic coding and no deblocking filter, which take time
-# to decode.
+# Any clip of the new files is quick to reach: there is a keyframe every few frames; no other frame needs the
+# B-frames, so that they can be skipped; arithmetic coding and the deblocking filter, slow to decode, are off.
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:"
         "cabac=0:no-deblock=1:log-level=-1"}
 
@@ -1126,7 +1130,7 @@ def smaller(width, height, short_side):
     shrink = min(1, short_side / min(width, height))
     width = max(2, round(width * shrink / 2) * 2)  # H.264 wants even numbers
     height = max(2, round(height * shrink / 2) * 2)
-    # These colours for all, as they are assumed where a file says nothing.
+    # All get the same kind of colours, the one that is assumed where a file does not say which it has.
     scale = f"{width}:{height}:flags=bicubic:out_range=tv:out_color_matrix=bt601"
     return [("scale", scale), ("format", "yuv420p")]
 
@@ -1168,7 +1172,7 @@ class Reencoder(Dataset):
         target = Path(self.targets.path(number))
         try:
             if not target.exists():
-                # A file without a name leaves nothing behind, even if this process is killed.
+                # A temporary file without a name leaves nothing behind, even if this process is killed.
                 with announced(self, number, limit=3600), tempfile.TemporaryFile(dir=target.parent) as file:
                     reencode(self.videos.path(number), file, *self.options)
                     file.seek(0)
@@ -1182,7 +1186,7 @@ class Reencoder(Dataset):
 
 def save(path, content):
     """Writes bytes to a file that appears whole, even if others write the same one."""
-    part = Path(path).parent / f".{uuid.uuid4().hex[:12]}.part"  # short, as names can be as long as they may
+    part = Path(path).parent / f".{uuid.uuid4().hex[:12]}.part"  # adding to a long name could be too long
     try:
         part.write_bytes(content)
         part.replace(path)
@@ -1218,7 +1222,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     reasons = {}
     for [(i, reason)] in tqdm(load(work, batches, workers, collate=list), total=len(batches), disable=None):
         reasons[names[i]] = reason
-    lost, kept = set(), []
+    lost = set()
+    kept = []
     for name, path, label in zip(names, paths, videos.labels.tolist()):
         if reasons[name]:
             lost.add(f"{path}: {reasons[name]}\n")
@@ -1231,7 +1236,7 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
 
 
 # ============ demo: videos that need no download ============
-# Sixteen classes, appearance times motion: who knows only one of the two is right one time in four.
+# There are sixteen classes: four appearances times four motions.
 DEMO_TEXTURES = ("upright", "level", "checks", "dots")
 DEMO_MOTIONS = ("still", "forth", "back", "shake")
 DEMO_SIZE = 80  # pixels a side
@@ -1239,7 +1244,7 @@ DEMO_FRAMES = 24  # frames a video
 DEMO_TRAIN = 40  # videos a class
 DEMO_VAL = 12
 DEMO_MASKED = 4  # of DEMO_VAL those with masks
-# mbtree would differ from run to run
+# x264's mbtree is off, as its results differ from run to run.
 DEMO_X264 = {"preset": "veryfast", "crf": "18", "bf": "2", "g": "24", "x264-params": "mbtree=0"}
 
 
@@ -1250,7 +1255,6 @@ def demo_clip(rng, texture, motion):
     texture and motion; all else is nuisance, and drawn anew for every video."""
     draw = rng.uniform  # gives Python's floats, so that float32 arrays stay float32
     shape = (DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE)
-    # Coordinates, seen from the middle.
     t, y, x = [np.float32(axis - (axis.size - 1) / 2) for axis in np.indices(shape, sparse=True)]
 
     # Background: slow waves between two shades, panned.
@@ -1297,7 +1301,7 @@ def demo_clip(rng, texture, motion):
 
 
 def shades(draw, dark, light):
-    """A dark and a light shade of one hue, [2, 3, 1, 1, 1]. dark, light: ranges of brightness."""
+    """A dark and a light colour of one hue, [2, 3, 1, 1, 1]. dark, light: ranges of brightness."""
     hue = draw(0, 1)
     saturation = draw(0.25, 0.8)
     colours = [colorsys.hsv_to_rgb(hue, saturation, draw(*brightness)) for brightness in (dark, light)]
@@ -1305,7 +1309,7 @@ def shades(draw, dark, light):
 
 
 def write_demo_clip(directory, seed, split, texture, motion, number):
-    """Writes directory/split/<class>/NN.mp4, for some of val before it their frames and masks."""
+    """Writes directory/split/<class>/NN.mp4; for some of val, first its frames and masks as pictures."""
     name = f"{texture}-{motion}"
     path = Path(directory, split, name, f"{number:02}.mp4")
     if path.exists():
@@ -1333,8 +1337,7 @@ def write_demo(directory, seed=0):
     """Writes the demo's videos, the same for a seed: DIR/{train,val}/<texture>-<motion>/NN.mp4.
 
     DIR/davis has the first DEMO_MASKED of val a class again, with masks, laid out as DAVIS. What DIR has of
-    the same seed already stays, and two processes can fill it at once. Another folder is a ValueError."""
-    # Whose folder it is.
+    the same seed already stays, and two processes can fill it at once. Other folders raise ValueError."""
     mark = Path(directory, f"seed-{seed}-{DEMO_TRAIN}+{DEMO_VAL}-davis-{DEMO_MASKED}.txt")
     os.makedirs(directory, exist_ok=True)
     if not mark.exists():
@@ -1348,10 +1351,8 @@ def write_demo(directory, seed=0):
 
 
 # ============ bench, command line ============
-
 def bench(source, seconds=10, rate=100):
-    """Reads training clips in this process; prints what they cost, and the cores for `rate` clips a
-    second."""
+    """Reads training clips in this process; prints their cost, and the cores for `rate` clips a second."""
     clips = Clips(find_videos(source))
     keys = chain.from_iterable(EpochSampler(len(clips), 1))
     count = 0
@@ -1380,7 +1381,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
     for name, (function, arguments) in COMMANDS.items():
-        # What is not said has the function's default.
         command = commands.add_parser(name, description=function.__doc__, argument_default=argparse.SUPPRESS)
         command.set_defaults(function=function)
         for argument, meaning in arguments.items():
