@@ -1524,12 +1524,11 @@ def main(argv=None):
 
 def leave(message, code, alike=False):
     """Ends this process with one line. alike: all ranks end with the same one, and rank 0 alone prints it."""
-    if alike and rank() > 0:
-        raise SystemExit(code)
     line = f"train.py: error: {message}"
-    print(line, file=sys.stderr, flush=True)
+    if rank() == 0 or not alike:
+        print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:  # torchrun's own report ends with what is in this file
+    if report is not None:  # torchrun's own report ends with what the first rank to end has in this file
         told = {"message": line, "extraInfo": {"timestamp": time.time()}}
         Path(report).write_text(json.dumps({"message": told}))
     raise SystemExit(code)
