@@ -1629,32 +1629,34 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
 
 
 # ============ train.py: pretraining ============
+# Most runs are made by run_here, in this process. Where signals, several processes or an exit code matter, a
+# run is Apart: in processes that are forked, so that they import nothing anew.
 
 RUN = ("--size tiny --frames 4 --image-size 32 --batch-size 4 --prototypes 8 --mask-ratio 0.75 --stride 1 "
        "--epochs 6 --warmup-epochs 1 --lr 0.05 --eval-every 2 --workers 0 --precision fp32").split()
 SAVING = ["--save-minutes", "0.00001"]           # a checkpoint after every step
-STARTED = []                                     # processes that a failing test may leave behind
+STARTED = []                                     # all processes apart, so that none outlives a failing test
 COLOURS = {"blue": (20, 20, 240), "red": (240, 20, 20)}
 
 
 def disc(colour, seed):
     """A disc of a colour on grey, moving: frames [6, 40, 72, 3] and masks [6, 40, 72]."""
-    rng = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     y, x = np.mgrid[:40, :72]
-    masks = np.stack([np.hypot(x - 14 - 3 * t, y - 18 - rng.integers(3)) < 11 for t in range(6)])
-    grey = rng.integers(80, 120, (6, 40, 72, 1), np.uint8)
+    masks = np.stack([np.hypot(x - 14 - 3 * t, y - 18 - random.integers(3)) < 11 for t in range(6)])
+    grey = random.integers(80, 120, (6, 40, 72, 1), np.uint8)
     return np.where(masks[..., None], np.uint8(COLOURS[colour]), grey), masks.astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Two classes of four videos, the same as DAVIS, and a tiny checkpoint."""
+    """Two classes of four videos, also in DAVIS's layout, and a tiny checkpoint."""
     root = tmp_path_factory.mktemp("world")
     for seed, (name, n) in enumerate(product(COLOURS, range(4))):
         frames, masks = disc(name, seed)
         video_write(root / "videos" / name / f"{n}.mp4", pictures=frames)
-        numbers = 5 * masks                      # with a gap, and a line that does not count
-        numbers[:, 0] = 255
+        numbers = 5 * masks                      # the disc is object 5, though there is no object 1 to 4
+        numbers[:, 0] = 255                      # the first row does not count
         for t in range(6):
             mask = Image.fromarray(numbers[t]).convert("P")
             if name == "blue":
@@ -1677,12 +1679,16 @@ def eval_flags(videos):
     return ["--data", videos, "--val", videos, "--frames", 4, "--image-size", 32, "--stride", 1]
 
 
-def main_here(*arguments):
-    """train.main in this process: on the CPU also where there is a GPU; gives back the signals it takes."""
+def main_here(*arguments, pictures=False):
+    """train.main in this process: on the CPU also where there is a GPU; gives back the signals it takes.
+
+    To draw what preview and prototypes show takes longer than most runs here: few tests ask for pictures."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "stream", None)    # not even asked for: without CUDA it fails on a Mac
+        if not pictures:
+            patch.setattr(train, "save_pages", mock.Mock())
         try:
             train.main(["--workers", "0", "--precision", "fp32", *map(str, arguments)])
         finally:
@@ -1694,9 +1700,9 @@ def run_flags(videos, out, *flags):
     return ["--data", videos, "--out", out, *RUN, *flags]
 
 
-def run_here(videos, out, *flags):
+def run_here(videos, out, *flags, pictures=False):
     """A pretraining run in this process -> its log."""
-    main_here(*run_flags(videos, out, *flags))
+    main_here(*run_flags(videos, out, *flags), pictures=pictures)
     return read_log(out)
 
 
@@ -1704,29 +1710,35 @@ class Apart:
     """train.main in processes of its own, which share a process group as torchrun would describe it.
 
     They run while the test goes on: it can wait for lines of their log, send them signals, and at last `end`
-    them. world: how many. file_size: no file grows beyond so many bytes, as on a full disk."""
-    def __init__(self, *arguments, world=1, file_size=None):
+    them. world: how many. start: what they call instead of train.main. environ: more variables for them.
+    file_size: no file grows beyond so many bytes, as on a full disk."""
+    def __init__(self, *arguments, world=1, start=main_here, environ=(), file_size=None):
         with socket.create_server(("127.0.0.1", 0)) as server:                     # finds a port that is free
             port = str(server.getsockname()[1])
-        self.said = Path(tempfile.mkstemp()[1])  # what they print, together
+        descriptor, path = tempfile.mkstemp()
+        os.close(descriptor)
+        self.said = Path(path)  # what they print, together
         self.ranks = []
         for rank in range(world):
-            environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
-                       "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-            process = FORKED.Process(target=self.work, args=(self.said, environ, arguments, file_size))
+            variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
+                         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                         "CUDA_VISIBLE_DEVICES": "", **dict(environ)}
+            given = self.said, variables, file_size, start, arguments
+            process = FORKED.Process(target=self.work, args=given)
+            STARTED.append(process)  # before it starts, or a test could take it for a worker of its own run
             process.start()
             self.ranks.append(process)
-            STARTED.append(process)
 
     @staticmethod
-    def work(said, environ, arguments, file_size):
+    def work(said, variables, file_size, start, arguments):
         """What runs in each of them."""
-        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 1)
-        os.dup2(1, 2)
-        os.environ.update(environ)
+        output = os.open(said, os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(variables)
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-        main_here(*arguments)
+        start(*map(str, arguments))
 
     def send(self, signum):
         for rank in self.ranks:
@@ -1734,8 +1746,9 @@ class Apart:
 
     def wait(self, out, lines):
         """Returns when the log in `out` has so many lines."""
+        path = out / "log.jsonl"
         deadline = time.monotonic() + 60
-        while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines:
+        while not path.exists() or path.read_bytes().count(b"\n") < lines:
             assert all(rank.is_alive() for rank in self.ranks), self.said.read_text()
             assert time.monotonic() < deadline, "nothing happened"
             time.sleep(0.01)
@@ -1745,15 +1758,16 @@ class Apart:
         for rank in self.ranks:
             rank.join(120)
         output = self.said.read_text()
-        assert [rank.exitcode for rank in self.ranks] == [code] * len(self.ranks), output
+        assert {rank.exitcode for rank in self.ranks} == {code}, output
         self.said.unlink()
         return output
 
 
 def beside(scenario):
-    """Decorates a test that mostly waits for other processes: it starts with the first test of the session,
-    in a thread, and pytest's own test of that name only asks for its result. Fixtures are passed as
-    usual."""
+    """Decorates a test that mostly waits for processes: a thread runs it from the session's start on, and
+    pytest's test of that name asks for the result. It can have tmp_path and fixtures of the session, no
+    others and no parameters. Patches of other tests are in force while it runs, so it leaves what it checks
+    to other processes."""
     def test(scenarios):
         scenarios[scenario].result()
     test.__name__ = scenario.__name__
@@ -1780,33 +1794,26 @@ def scenarios(request, tmp_path_factory):
     yield futures
     pool.shutdown(wait=False, cancel_futures=True)
     for process in STARTED:  # what a failing test has left behind
-        process.kill()
+        if process.pid is not None:  # it has started
+            process.kill()
     pool.shutdown()
 
 
-def torchrun(folder, *flags, code=0, environ=(), program=HERE / "train.py"):
-    """train.py, or what calls it, in two processes of torchrun -> what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               program, *flags]
-    environ = {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": "", **dict(environ)}
-    process = subprocess.Popen(list(map(str, command)), cwd=folder, env=environ, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    STARTED.append(process)
-    output = process.communicate(timeout=180)[0]
-    assert process.returncode == code, output
-    return output
+def torchrun(*arguments):
+    """What the command torchrun calls, for two processes."""
+    from torch.distributed import run
+    run.main(["--standalone", "--nproc-per-node=2", *arguments])
 
 
 def refused(capsys, code, start, *arguments):
-    """What must end in one line and this exit code -> the line."""
+    """start(…) must end with this exit code and one line of error -> the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         start(*arguments)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == code, lines
-    assert len(lines) == 1
-    assert lines[0].startswith("train.py: error: ")
-    return lines[0]
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == code, line
+    assert line.startswith("train.py: error: ")
+    return line
 
 
 def saved_step(out):
@@ -1821,13 +1828,15 @@ def read_log(out, runs=False):
 
 def losses(log):
     """step -> loss; fails on a step that stands twice."""
-    steps = [record["step"] for record in log if "loss" in record]
-    assert len(steps) == len(set(steps)), "a step is logged twice"
-    return {record["step"]: record["loss"] for record in log if "loss" in record}
+    found = {record["step"]: record["loss"] for record in log if "loss" in record}
+    assert len(found) == sum("loss" in record for record in log), "a step is logged twice"
+    return found
 
 
 def same_run(out, other):
-    """Bit for bit: the log but for its times, and the weights."""
+    """Two runs have the same weights and the same log, bit for bit.
+
+    The log's times are left out, and fine-tuning's tests: a run in two parts has one more, between them."""
     times = {"clips_per_second", "data_wait"}
     logs = [[{name: record[name] for name in record.keys() - times} for record in read_log(folder)
              if record.get("eval") != "finetune"] for folder in (out, other)]
@@ -1838,10 +1847,11 @@ def same_run(out, other):
 
 @pytest.fixture(scope="session")
 def whole(videos, tmp_path_factory):
-    """The run that interrupted ones are compared with, 6 epochs of 2 steps: folder, words, log."""
+    """An uninterrupted run of 6 epochs of 2 steps: folder, what it printed, log. None may write to it, as
+    many tests read it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with redirect_stdout(io.StringIO()) as said:
-        log = run_here(videos, out, "--val", videos)
+        log = run_here(videos, out, "--val", videos, pictures=True)
     return SimpleNamespace(out=out, said=said.getvalue(), log=log)
 
 
@@ -1859,32 +1869,34 @@ def test_it_works_where_only_spawn_starts_processes(video_set, tmp_path):
 
 @beside
 def test_a_mistake_under_torchrun_is_its_last_word(videos, tmp_path):
-    """No network, no DINO: a line on each rank, no traceback, and again where torchrun's report ends."""
+    """One line without a traceback says that DINO cannot be had, as there is no network; torchrun's report
+    ends with the same line."""
     environ = {"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     flags = run_flags(videos, tmp_path, "--target", "dino", "--teacher", "vits16")
-    output = torchrun(tmp_path, *flags, code=1, environ=environ)
-    ours = [line for line in output.splitlines() if "train.py: error: " in line]
-    assert len(ours) == 2, output
-    assert all("--dino-weights" in line for line in ours)
-    assert output.strip().splitlines()[-2] == ours[1]
+    in_forks = "--run-path", "--start-method=fork"  # torchrun's flags for ranks that import nothing anew
+    output = Apart(*in_forks, HERE / "train.py", *flags, start=torchrun, environ=environ).end(1)
+    lines = output.strip().splitlines()
+    line, = (line for line in lines if line.startswith("train.py: error: "))
+    assert "--dino-weights" in line
+    assert lines[-2].endswith(line)
     assert "train.py\", line" not in output
 
 
 @beside
-def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(whole, videos, tmp_path):
+def test_killed_twice_it_goes_on_from_the_last_checkpoint(whole, videos, tmp_path):
     """Meanwhile a second run in the folder is refused; that a killed run held it is no obstacle."""
     flags = run_flags(videos, tmp_path, "--val", videos, *SAVING)
     for lines in (4, 9):
         run = Apart(*flags)
         run.wait(tmp_path, lines)
         run.send(signal.SIGSTOP)
-        if lines == 4:
-            last = Apart(*flags).end(2).splitlines()[-1]
-            assert last.startswith("train.py: error: another run is writing to --out")
+        last = Apart(*flags).end(2).splitlines()[-1]
+        assert last.startswith("train.py: error: another run is writing to --out")
         run.send(signal.SIGKILL)                 # nothing can be tidied up
         run.end(-signal.SIGKILL)
         sigma.load_checkpoint(tmp_path / "checkpoint.pt")                     # never torn
-    (tmp_path / "log.jsonl").open("a").write('{"step": 11, "loss": 1.')  # as a kill inside a write leaves it
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 11, "loss": 1.')    # as a kill inside a write leaves it
     Apart(*flags).end()
     same_run(tmp_path, whole.out)
 
@@ -1893,7 +1905,7 @@ STILL_AT_WORK = """
 import runpy
 import train
 
-def close(bar):  # at each bar's end, and so at the run's
+def close(bar):  # replaces tqdm.close, which is called at the run's end: leaves work for gloo's threads
     for _ in range(1000):
         train.dist.all_reduce(train.torch.zeros(10_000), async_op=True)
 
@@ -1906,21 +1918,24 @@ if __name__ == "__main__":
 
 @beside
 def test_two_processes_stop_and_resume_together(whole, videos, tmp_path):
-    """As one process with the whole batch, up to rounding. gloo's threads, at work to the end, abort none."""
-    one, two = ([*run_flags(videos, tmp_path / name, "--val", videos), "--batch-size", 2] for name in "ab")
-    stopping = Apart(*two, *SAVING, world=2)
-    stopping.wait(tmp_path / "b", 3)
+    """Their run is that of one process with the whole batch, up to rounding. gloo's threads, busy until the
+    exit, crash no rank."""
+    straight, stopped = [run_flags(videos, tmp_path / name, "--val", videos, "--batch-size", 2)
+                         for name in ("straight", "stopped")]
+    stopping = Apart(*stopped, *SAVING, world=2)
+    stopping.wait(tmp_path / "stopped", 3)
     stopping.send(signal.SIGTERM)
     output = stopping.end(128 + signal.SIGTERM)
     assert "stopped after step" in output
     assert "the same command goes on" in output
-    assert saved_step(tmp_path / "b") < 12
-    (tmp_path / "script.py").write_text(STILL_AT_WORK)
-    torchrun(tmp_path, *two, program=tmp_path / "script.py", environ={"PYTHONPATH": str(HERE)})
-    Apart(*one, world=2).end()
-    same_run(tmp_path / "b", tmp_path / "a")
-    halves, alone = losses(read_log(tmp_path / "a")), losses(whole.log)
-    assert [halves[s] for s in range(1, 5)] == pytest.approx([alone[s] for s in range(1, 5)], rel=1e-3)
+    assert saved_step(tmp_path / "stopped") < 12
+    script = tmp_path / "script.py"
+    script.write_text(STILL_AT_WORK)
+    Apart(script, *stopped, start=torchrun, environ={"PYTHONPATH": str(HERE)}).end()
+    Apart(*straight, world=2).end()
+    same_run(tmp_path / "stopped", tmp_path / "straight")
+    halves = read_log(tmp_path / "straight")     # its first five lines are k-NN's and those of steps 1 to 4
+    assert losses(halves[:5]) == pytest.approx(losses(whole.log[:5]), rel=1e-3)
 
 
 @beside
@@ -1935,7 +1950,8 @@ def test_disk_full_keeps_the_last_good_checkpoint(videos, tmp_path):
     assert "Traceback" not in output
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not (tmp_path / "checkpoint.pt.part").exists()
-    assert list(losses(read_log(tmp_path))) == [1, 2, 3, 4, 5, 6]             # training went on
+    log = read_log(tmp_path)
+    assert list(losses(log)) == [1, 2, 3, 4, 5, 6]                            # training went on
     Apart(*flags, 6).end()                       # room again: the same command
     assert saved_step(tmp_path) == 6
     assert list(losses(read_log(tmp_path))) == [1, 2, 3, 4, 5, 6]
@@ -1943,16 +1959,16 @@ def test_disk_full_keeps_the_last_good_checkpoint(videos, tmp_path):
 
 def test_the_demo_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DEMO_TEXTURES", ("upright", "dots"))
     monkeypatch.setattr(data, "DEMO_TRAIN", 2)
     monkeypatch.setattr(data, "DEMO_VAL", 1)
-    main_here("--steps", 2)
+    main_here("--steps", 2, pictures=True)
     out = tmp_path / "runs/demo"
     assert [record["step"] for record in read_log(out) if record.get("eval") == "knn"] == [0, 2]
-    left = {"checkpoint.pt", "preview.png", "preview.gif", "prototypes.png", "curve.png", "videos"}
-    assert left <= set(os.listdir(out))
+    assert {"checkpoint.pt", "preview.png", "curve.png", "videos"} <= set(os.listdir(out))
 
 
-def test_a_run_leaves_what_the_interface_says(whole, videos):
+def test_a_run_leaves_what_the_interface_says(whole):
     log, out, steps = whole.log, whole.out, [record for record in whole.log if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 13))
     peak, floor = 0.05 * 4 / 256, 1e-5 * 4 / 256
@@ -1982,14 +1998,19 @@ def test_a_run_leaves_what_the_interface_says(whole, videos):
     with Image.open(out / "preview.gif") as moving:
         assert moving.n_frames == 4
     assert saved_step(out) == 12
-    assert run_here(videos, out, "--val", videos, "--steps", 3) == log      # nothing is left to do
+
+
+def test_a_run_that_is_done_writes_nothing_more(whole, videos, tmp_path):
+    out = shutil.copytree(whole.out, tmp_path / "run")
+    assert run_here(videos, out, "--val", videos, "--steps", 3) == whole.log
 
 
 @pytest.fixture
 def meddle(monkeypatch):
-    """meddle(change): SIGMA gives change(number of the call, loss, stats) for its loss and stats."""
+    """meddle(change): SIGMA.forward returns change(its n-th call, loss, stats) instead."""
     def start(change):
-        forward, counter = SIGMA.forward, count(1)
+        forward = SIGMA.forward
+        counter = count(1)
 
         def changed(self, video, mask):
             return change(next(counter), *forward(self, video, mask))
@@ -1998,20 +2019,23 @@ def meddle(monkeypatch):
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(whole, videos, tmp_path, meddle):
-    """And recomputed activations change no number."""
-    meddle(lambda call, loss, stats: (call == 3 and os.kill(os.getpid(), signal.SIGINT), (loss, stats))[1])
-    flags = [videos, tmp_path, "--val", videos]
+    def interrupt(call, loss, stats):
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss, stats
+    meddle(interrupt)
     with pytest.raises(SystemExit) as stopped:
-        run_here(*flags, "--recompute")
+        run_here(videos, tmp_path, "--val", videos)
     assert stopped.value.code == 128 + signal.SIGINT
     assert saved_step(tmp_path) == 3
-    run_here(*flags)
+    run_here(videos, tmp_path, "--val", videos)
     same_run(tmp_path, whole.out)
 
 
 def test_the_gradient_norm_is_that_of_the_whole_step(videos, tmp_path, monkeypatch):
-    """Of unscaled gradients over both micro-batches: by hand from what AdamW is given."""
-    by_hand, step = [], torch.optim.AdamW.step
+    """It is checked against the unscaled gradients that AdamW gets after both micro-batches."""
+    by_hand = []
+    step = torch.optim.AdamW.step
 
     def look(optimizer, *more, **named):
         norms = [p.grad.double().norm() for group in optimizer.param_groups for p in group["params"]]
@@ -2027,7 +2051,7 @@ def test_the_gradient_norm_is_that_of_the_whole_step(videos, tmp_path, monkeypat
 
 
 def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path, capsys, monkeypatch):
-    """As torchrun's, in the middle of an evaluation."""
+    """torchrun sends its SIGTERM during an evaluation."""
     def video_features(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise data.WorkerError("a worker has ended (signal 15)")
@@ -2038,23 +2062,36 @@ def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_killed_loader_worker_and_a_full_gpu_end_in_one_line(videos, tmp_path, capsys, meddle):
-    before = set(multiprocessing.active_children())
+def test_a_killed_loader_worker_ends_the_run_in_one_line(videos, tmp_path, capsys, meddle):
+    before = multiprocessing.active_children()
 
     def kill_a_worker(call, loss, stats):
         if call == 5:
-            next(p for p in multiprocessing.active_children() if p not in before | set(STARTED)).kill()
+            worker, = set(multiprocessing.active_children()) - {*before, *STARTED}
+            worker.kill()
         return loss, stats
     meddle(kill_a_worker)
-    flags = [videos, tmp_path, "--epochs", 100000, "--workers"]
-    assert "worker" in refused(capsys, 1, run_here, *flags, 1)
+    line = refused(capsys, 1, run_here, videos, tmp_path, "--epochs", 100000, "--workers", 1)
+    assert "worker" in line
     assert saved_step(tmp_path) >= 5
+
+
+def test_too_little_gpu_memory_is_one_line(videos, tmp_path, capsys, meddle):
     meddle(mock.Mock(side_effect=torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nmore")))
-    assert "2.00 GiB" in refused(capsys, 1, run_here, *flags, 0)
+    assert "2.00 GiB" in refused(capsys, 1, run_here, videos, tmp_path)
 
 
-def test_an_old_log_without_its_checkpoint_is_kept_and_lines_wait_for_room(videos, tmp_path, capsys, meddle):
-    """At the second step of two micro-batches a file stands where the folder was; then it is back."""
+def test_an_old_log_without_its_checkpoint_is_kept(videos, tmp_path, capsys):
+    old = '{"step": 1, "loss": 1}\n'
+    (tmp_path / "log.jsonl").write_text(old)
+    assert list(losses(run_here(videos, tmp_path, "--steps", 1))) == [1]
+    kept, = tmp_path.glob("log-*.jsonl")
+    assert kept.read_text() == old
+    assert "is of no use here" in capsys.readouterr().out
+
+
+def test_lines_of_the_log_survive_a_lost_folder(videos, tmp_path, meddle):
+    """In step 2, of calls 3 and 4, a file stands in the folder's place; from step 3 on the folder is back."""
     out, gone = tmp_path / "run", tmp_path / "gone"
 
     def move(call, loss, stats):
@@ -2066,36 +2103,48 @@ def test_an_old_log_without_its_checkpoint_is_kept_and_lines_wait_for_room(video
             gone.rename(out)
         return loss, stats
     meddle(move)
-    out.mkdir()
-    (out / "log.jsonl").write_text('{"step": 1, "loss": 1}\n')
     log = run_here(videos, out, "--batch-size", 2, "--accumulate", 2, "--steps", 3)
     assert list(losses(log)) == [1, 2, 3]
-    assert [r["epoch"] for r in log] == [0, 0, 1]
-    kept, = out.glob("log-*.jsonl")
-    assert kept.read_text() == '{"step": 1, "loss": 1}\n'
-    assert "is of no use here" in capsys.readouterr().out
+    assert [record["epoch"] for record in log] == [0, 0, 1]
+
+
+def test_a_log_that_was_resumed_twice_keeps_its_lines_in_order(tmp_path):
+    """What is in memory is what is in the file, up to the first line beyond the step of the checkpoint."""
+    kept = ('{"run": {}}\n{"step": 1}\n{"step": 2}\n'
+            '{"run": {"from_step": 2}}\n{"eval": "knn", "step": 2}\n')
+    path = tmp_path / "log.jsonl"
+    path.write_text(kept + '{"step": 3}\n{"run": {"from_step": 3}}\n{"step": 2}\n')
+    log = train.Log(tmp_path, 2)
+    log.write(step=9)
+    text = path.read_text()
+    assert text == kept + '{"step": 9}\n'
+    assert [json.loads(line) for line in text.splitlines()] == log.records
 
 
 def spoilt(loss, how):
-    """A loss that is not a number, or finite with a slope that is not."""
-    return loss * math.nan if how == "loss" else loss + (loss - loss.detach()).square().sqrt()
+    """A loss that is not a number, or a finite one whose slope is not finite."""
+    if how == "loss":
+        return loss * math.nan
+    return loss + (loss - loss.detach()).square().sqrt()
 
 
-@parametrize("how, precision, good, steps", [("loss", "fp32", 2, 5), ("gradient", "fp16", 2, 50),
-                                             ("gradient", "fp32", 0, 5)])
-def test_a_run_that_is_not_finite_ends(videos, tmp_path, capsys, meddle, how, precision, good, steps):
+@parametrize("how, precision, good, tolerated", [("loss", "fp32", 5, 5), ("gradient", "fp16", 2, 50),
+                                                 ("gradient", "fp32", 0, 5)])
+def test_a_run_that_is_not_finite_ends(videos, tmp_path, capsys, meddle, how, precision, good, tolerated):
+    """The good steps come first, then as many bad ones as are tolerated. Steps 1 and 8 are saved, one of them
+    bad."""
     meddle(lambda call, loss, stats: (spoilt(loss, how) if call > good else loss, stats))
-    # One clip a step, and so many steps an epoch.
-    flags = ["--precision", precision, "--batch-size", 1, "--epochs", 20, *(SAVING if steps == 5 else ())]
+    flags = ["--precision", precision, "--batch-size", 2, "--epochs", 20]         # of 4 steps, all are logged
     line = refused(capsys, 1, run_here, videos, tmp_path, *flags)
     assert "not finite" in line
     assert "checkpoint.pt" in line
     last = read_log(tmp_path)[-1]
-    assert last["step"] == good + steps
-    assert last["skipped"] == steps
+    assert last["step"] == good + tolerated
+    assert last["skipped"] == tolerated
     assert (last["loss"] is None) == (how == "loss")
-    model = sigma.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
-    assert all(value.isfinite().all() for value in model.values())
+    content = sigma.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert content["step"] > good
+    assert all(value.isfinite().all() for value in content["model"].values())
 
 
 def test_a_single_bad_step_is_left_out(videos, tmp_path, meddle):
@@ -2114,15 +2163,21 @@ def test_a_collapse_is_said_once(videos, tmp_path, capsys, meddle):
 
 
 def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
-    root, out = tmp_path / "videos with spaces and ü", tmp_path / "bad"
+    root = tmp_path / "videos with spaces and ü"
     shutil.copytree(videos, root)
     (root / "red/broken one.mp4").write_bytes(b"garbage")
-    log, said = run_here(root, tmp_path / "run", "--epochs", 3), capsys.readouterr().out
+    log = run_here(root, tmp_path / "run", "--epochs", 3, pictures=True)
+    said = capsys.readouterr().out
     named, = (record["unreadable"] for record in log if "unreadable" in record)
     assert named.endswith("broken one.mp4")
     assert log[-1]["unreadable_videos"] == 1
     assert said.count("broken one.mp4") == 1
     assert "1 of 9 videos unreadable" in said
+
+
+def test_a_run_with_hardly_a_good_video_ends(videos, tmp_path, capsys):
+    root, out = tmp_path / "videos", tmp_path / "run"
+    shutil.copytree(videos, root)
     for i in range(200):
         (root / "red" / f"bad{i}.mp4").write_bytes(b"garbage")
     assert "in a row failed" in refused(capsys, 1, run_here, root, out, "--epochs", 30)
@@ -2133,15 +2188,18 @@ def test_broken_videos_are_named_counted_and_replaced(videos, tmp_path, capsys):
 
 
 def test_folders_that_do_not_fit_are_refused_and_kept(whole, videos, tmp_path, capsys):
-    for flags, word in ((["--seed", 1], "seed was 0, is 1"),
+    out = shutil.copytree(whole.out, tmp_path / "run")
+    path = out / "checkpoint.pt"
+    kept = path.read_bytes()
+    for flags, word in ((["--seed", 1], "seed was 0, is 1"), (["--prototypes", 9], "prototypes was 8, is 9"),
                         (["--batch-size", 2], "global_batch was 4, is 2")):
-        assert word in refused(capsys, 2, run_here, videos, whole.out, *flags)
-    path = tmp_path / "checkpoint.pt"
+        assert word in refused(capsys, 2, run_here, videos, out, *flags)
+    assert path.read_bytes() == kept
     path.write_bytes(b"torn")
-    assert str(path) in refused(capsys, 2, run_here, videos, tmp_path)
+    assert str(path) in refused(capsys, 2, run_here, videos, out)
     assert path.read_bytes() == b"torn"
     torch.save({"model": {}}, path)
-    assert "does not fit this run" in refused(capsys, 2, run_here, videos, tmp_path)
+    assert "does not fit this run" in refused(capsys, 2, run_here, videos, out)
 
 
 def as_a_list(path, names, labels):
@@ -2150,34 +2208,34 @@ def as_a_list(path, names, labels):
 
 
 def test_another_fold_or_corrected_labels_are_another_run(videos, tmp_path, capsys):
-    """Of the same length, in the same --out. The same videos elsewhere, or by another name of the list, are
-    none."""
+    """In one --out another list is refused, of the same length; moved videos or a renamed list are not."""
     names = sorted(str(path.relative_to(videos)) for path in videos.glob("*/*"))
     root, out, zeros = tmp_path / "here", tmp_path / "run", [0] * 6
     shutil.copytree(videos, root)
     fold = as_a_list(root / "fold.txt", names[:6], zeros)
-    log = run_here(fold, out, "--steps", 2)
+    log = run_here(fold, out, "--steps", 1)
     for others, labels in ((names[2:], zeros), (names[:6], [0, 0, 0, 0, 0, 1])):
         as_a_list(fold, others, labels)
-        line = refused(capsys, 2, run_here, fold, out, "--steps", 2)
+        line = refused(capsys, 2, run_here, fold, out, "--steps", 1)
         assert "names_and_labels" in line
         assert "another --out" in line
     as_a_list(root / "same.txt", names[:6], zeros)
-    fold = root.rename(tmp_path / "there") / "same.txt"
-    assert run_here(fold, out, "--steps", 2) == log
+    moved = root.rename(tmp_path / "there")
+    assert run_here(moved / "same.txt", out, "--steps", 1) == log
 
-    path = out / "checkpoint.pt"                 # as an older version has left it
-    content = sigma.load_checkpoint(path)
+
+def test_an_older_versions_checkpoint_that_says_less_is_resumed(whole, videos, tmp_path, capsys):
+    out = shutil.copytree(whole.out, tmp_path / "run")
+    content = sigma.load_checkpoint(out / "checkpoint.pt")
     for name in ("names_and_labels", "initial_weights"):
         del content["args"][name]
-    torch.save(content, path)
-    assert losses(run_here(fold, out, "--steps", 3))[3]
+    torch.save(content, out / "checkpoint.pt")
+    assert run_here(videos, out) == whole.log
     assert "does not say names_and_labels" in capsys.readouterr().out
 
 
 def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys):
-    """At a learning rate of 0, that of the first step, the weights are still those that the run began
-    with."""
+    """The first step's learning rate is 0, so the saved weights are the initial ones."""
     start, out = tmp_path / "start.pt", tmp_path / "run"
     began = {name: value + 0.01 for name, value in tiny(num_prototypes=12).state_dict().items()}
     torch.save({"model": began}, start)
@@ -2202,16 +2260,21 @@ def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys
     assert "--size small" in refused(capsys, 2, run_here, videos, tmp_path / "small", *flags, 1)
 
 
+def without_output(*arguments):
+    """train.py as a program whose standard output the shell has closed, by >&-: Python has None for it."""
+    import runpy
+    os.close(1)
+    sys.stdout = None
+    sys.argv = ["train.py", *arguments]
+    runpy.run_path(train.__file__, run_name="__main__")
+
+
 @beside
 def test_a_closed_standard_output_is_no_obstacle(videos, tmp_path):
-    """The shell's >&-: then Python has None for it."""
     for flags, code in ((["--steps", 1], 0), (["--eps", 0], 2)):
-        command = [sys.executable, HERE / "train.py", *run_flags(videos, tmp_path / "run", *flags)]
-        shell = ["sh", "-c", 'exec "$0" "$@" >&-', *map(str, command)]
-        done = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, timeout=120)
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-    assert losses(read_log(tmp_path / "run"))
+        said = Apart(*run_flags(videos, tmp_path, *flags), start=without_output).end(code)
+        assert "Traceback" not in said
+    assert losses(read_log(tmp_path))
 
 
 def test_colours_are_the_three_principal_components():
@@ -2239,7 +2302,7 @@ def test_compile_reaches_every_block_and_the_loss():
 
 
 def test_fp16_after_another_precision_starts_at_its_own_scale(videos, tmp_path):
-    """At 1, that of the others, small gradients are 0."""
+    """At the scale of other precisions, 1, small gradients would underflow to 0."""
     run_here(videos, tmp_path, "--steps", 1)
     log = run_here(videos, tmp_path, "--precision", "fp16", "--steps", 2)
     assert log[-1]["loss_scale"] > 1000
@@ -2257,7 +2320,8 @@ NONSENSE = {
     "--probe ours.pt --data videos": "--val is missing", "--probe ours.pt --size base": "size tiny",
     "--probe ours.pt --finetune none": "not allowed with",
     "--finetune none --data videos --val videos/red": "has no labels",
-    "--finetune none --stride -1": "--stride", "--finetune none --val videos --frames 3": "multiple of 2",
+    "--init nowhere.pth": "No such file", "--finetune none --stride -1": "--stride",
+    "--finetune none --val videos --frames 3": "multiple of 2",
     "--segment videos/red/0.mp4 --data videos": "checkpoint",
     "--segment ours.pt --data davis/Annotations": "holds no videos"}
 
@@ -2267,6 +2331,17 @@ def test_nonsense_gives_one_line_and_exit_code_2(world, tmp_path, capsys, monkey
     monkeypatch.chdir(world)
     start = "--data", "videos", "--size", "tiny", "--out", tmp_path / "o"
     assert NONSENSE[flags] in refused(capsys, 2, main_here, *start, *flags.split())
+
+
+@parametrize("flags, expected", [
+    ("--data x --epochs 16", dict(warmup_epochs=2, lr=1.5e-4, batch_size=32, eval_every=50, size="base")),
+    ("", dict(epochs=25, lr=4e-3, size="tiny", eval_every=5, prototypes=64)),
+    ("--finetune none --data x", dict(epochs=100, lr=1e-3, warmup_epochs=5)),
+    ("--finetune none", dict(epochs=15, size="tiny", image_size=48, lr=1e-2))])
+def test_presets(flags, expected):
+    """Warm-up is at most an eighth of the epochs that are typed. Without --data it is the demo."""
+    args, _ = train.parse_args(flags.split())
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsys):
@@ -2280,7 +2355,7 @@ def test_dino_weights_from_a_file_or_one_line_what_to_do(videos, tmp_path, capsy
         assert "--dino-weights" in line
 
 
-@parametrize("flags", ["", "--target dino --teacher vits16", "--target pixel"])
+@parametrize("flags", ["", "--target dino --teacher vits16"])
 def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     main_here("--bench", *RUN, "--steps", 1, *flags.split())
@@ -2294,134 +2369,17 @@ def test_bench_times_a_step(tmp_path, capsys, monkeypatch, flags):
 
 def test_l2_and_pixel_runs_show_pictures_without_prototypes(videos, tmp_path):
     for target in ("pixel", "mlp"):
-        log = run_here(videos, tmp_path / target, "--target", target, "--loss", "l2", "--steps", 1)
+        flags = ["--target", target, "--loss", "l2", "--steps", 1]
+        log = run_here(videos, tmp_path / target, *flags, pictures=True)
         assert ("spread" in log[-1]) == (target == "mlp")
         assert (tmp_path / target / "preview.gif").exists()
         assert not (tmp_path / target / "prototypes.png").exists()
 
 
-def test_knn_is_the_definition():
-    right = 0
-    bank, queries = torch.randn(360, 5, generator=data.seeded(0)).split([60, 300])
-    bank_labels, labels = torch.randint(4, (360,), generator=data.seeded(1)).split([60, 300])
-    for query, label in zip(queries, labels):
-        similarity, nearest = F.cosine_similarity(query[None], bank).topk(20)
-        votes = torch.zeros(4).index_add(0, bank_labels[nearest], (similarity / 0.07).exp())
-        right += int(votes.argmax() == label)
-    assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 300)
-    lonely = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])  # of itself a row would vote for its own class
-    own = lonely, torch.arange(3)
-    assert train.knn(*own, *own, k=1, leave_one_out=True) == 0
-    alone = lonely[:1], torch.arange(1)
-    assert math.isnan(train.knn(*alone, *alone, leave_one_out=True))
+# ============ train.py: weights of checkpoints ============
 
-
-# ============ train.py: evaluation ============
-
-def test_overlap_counts_pixels_and_clusters_find_their_objects():
-    truth = torch.zeros(4, 4, 4, dtype=torch.long)
-    truth[:2, :2, :2] = 1                        # object 1 in a quarter of the first tube's two frames
-    truth[:2, 3, 3] = -1                         # a pixel to be ignored
-    truth[3] = 1
-    clusters = torch.tensor([[[1, 0], [0, 2]], [[3, 3], [3, 3]]])
-    assert train.overlap(truth, clusters, 5).tolist() == [[16, 0, 6, 16, 0], [0, 8, 0, 16, 0]]
-    mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0, 0], [0, 0, 8, 0], [2, 6, 0, 0]]))
-    assert columns == [0, 2, 1]
-    assert mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
-    assert train.match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
-    # Clusters 0 and 1 -> object 0, 2 and 3 -> object 1; an object without a cluster counts 0.
-    mean = train.match_many_to_one(torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]]))
-    assert mean == pytest.approx((19 / (20 + 21 - 19) + 10 / (12 + 11 - 10)) / 2)
-    assert train.match_many_to_one(torch.tensor([[5, 5], [1, 0]])) == pytest.approx(10 / 11 / 2)
-
-
-def test_kmeans_finds_separate_points():
-    truth = torch.arange(6).repeat_interleave(30)
-    x = 20 * torch.eye(6)[truth] + torch.randn(180, 6, generator=data.seeded(1))
-    for seed in range(5):
-        cluster = train.kmeans(x, 6, seed, restarts=1)
-        assert len(torch.stack([truth, cluster], dim=1).unique(dim=0)) == 6
-        assert len(cluster.unique()) == 6
-    x = torch.randn(200, 3, generator=data.seeded(2))        # no clusters: each is nearest to its own mean
-    cluster = train.kmeans(x, 4, 3)
-    means = torch.stack([x[cluster == k].mean(dim=0) for k in range(4)])
-    assert torch.equal(torch.cdist(x, means).argmin(dim=1), cluster)
-    assert torch.equal(cluster, train.kmeans(x, 4, 3))
-    assert len(train.kmeans(x[:3], 10).unique()) == 3        # fewer points than clusters
-
-
-def test_linear_probe_on_known_data():
-    generator, labels = data.seeded(0), torch.arange(400) % 5
-    x = torch.randn(5, 12, generator=generator)[labels] + 0.1 * torch.randn(400, 12, generator=generator)
-    swapped = labels[300:].clone()
-    swapped[:30] = (swapped[:30] + 1) % 5        # 30 of 100 are wrong
-    assert train.linear_probe(x[:300], labels[:300], x[300:], swapped) == pytest.approx(70)
-    # Small, off centre, beside large noise.
-    faint = torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=generator)], dim=1)
-    assert train.linear_probe(faint[:300], labels[:300], faint[300:], labels[300:]) > 95
-
-
-def test_multi_view_averages_softmax(videos):
-    """With logits that are a known function of the clip: brightness of all, of left edge, of first frame."""
-    class Reader(torch.nn.Module):
-        def forward(self, video):
-            parts = video, video[..., 0], video[:, :, 0]
-            return torch.stack([part.flatten(1).mean(dim=1) for part in parts], dim=1) * 3
-
-    args = SimpleNamespace(batch_size=14)
-    process = SimpleNamespace(workers=0, device=torch.device("cpu"), cuda=False, stop_signal=0, named=set(),
-                              autocast=nullcontext)
-    found, model = data.find_videos(videos), Reader()
-    clips = data.Clips(found, 2, 1, 32, 0, False, views=(2, 3))
-    views = [data.normalize(clips[0, i]["video"]) for i in range(8)]
-    truth = torch.stack([model(view).softmax(dim=1).mean(dim=0).argmax() for view in views])
-    found.labels = torch.cat([(truth[:2] + 1) % 3, truth[2:]])
-    assert train.multi_view(args, process, model, clips) == (75.0, 100.0, 8)
-
-
-def test_the_classifier_is_videomaes_with_layer_decay():
-    full, model, depth = tiny().eval(), classifier(5).eval(), SIZES["tiny"]["depth"]
-    weights = train.Weights("x", full.state_dict(), {}, 0, "")
-    train.load_weights(model, weights, free=("fc_norm.", "head."))
-    video = torch.randn(2, 3, 4, 32, 32)
-    full.encoder.norm = torch.nn.Identity()
-    pooled = F.layer_norm(full.features(video).mean(1), model.fc_norm.normalized_shape, eps=1e-6)
-    assert torch.allclose(model(video), pooled @ model.head.weight.T + model.head.bias, atol=1e-6)
-    assert 0 < model.head.weight.abs().max() < 1e-3
-    drops = torch.tensor([block.drop_path for block in model.encoder.blocks])
-    assert torch.allclose(drops, torch.linspace(0, 0.1, depth))
-    groups = train.layer_groups(model, (0.9, 0.999))
-    of = {p: group for group in groups for p in group["params"]}
-    assert len(of) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
-    for name, p in model.named_parameters():
-        block = re.search(r"blocks\.(\d+)", name)
-        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name else depth + 1
-        assert of[p]["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer)), name
-        assert of[p]["weight_decay"] == (0.05 if p.ndim > 1 else 0.0), name
-
-
-@parametrize("flip", [True, False])
-def test_augmentation_is_one_draw_for_all_frames(flip):
-    torch.manual_seed(0)
-    still = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
-    augment = train.augmentation(flip)
-    drawn = torch.stack([augment(still.repeat(5, 1, 1, 1)) for _ in range(60)])
-    assert drawn.shape == (60, 5, 3, 24, 24)
-    assert drawn.dtype == torch.uint8
-    assert (drawn == drawn[:, :1]).all()
-    assert len(drawn.unique(dim=0)) > 40
-    mirrored = (drawn[:, 0] == still.flip(-1)).flatten(1).all(dim=1)
-    assert mirrored.any() == flip
-
-
-@parametrize("flags, expected", [
-    ("--data x --epochs 16", dict(warmup_epochs=2, lr=1.5e-4, batch_size=32, eval_every=50, size="base")),
-    ("", dict(epochs=25, lr=4e-3, size="tiny", eval_every=5, prototypes=64)),
-    ("--finetune none --data x", dict(epochs=100, lr=1e-3, warmup_epochs=5)),
-    ("--finetune none", dict(epochs=15, size="tiny", image_size=48, lr=1e-2))])
-def test_presets(flags, expected):
-    args, _ = train.parse_args(flags.split())
-    assert {name: getattr(args, name) for name in expected} == expected
+def classifier(classes):
+    return train.Classifier(classes, "tiny", frames=4, image_size=32)
 
 
 def saved(path, content):
@@ -2442,10 +2400,6 @@ def test_authors_files(tmp_path, target, loss, teacher):
     assert (args.frames, args.stride, args.image_size) == (8, 2, 112)
     assert train.parse_args(["--segment", str(path)])[0].stride == 1
     assert train.load_weights(model, weights) == []
-
-
-def classifier(classes):
-    return train.Classifier(classes, "tiny", frames=4, image_size=32)
 
 
 def test_videomaes_fine_tuned_files(tmp_path, videos):
@@ -2518,14 +2472,131 @@ def test_partial_files_say_what_is_missing(tmp_path):
         train.read_weights(saved(tmp_path / "q.pt", {"encoder.patch_embed.proj.weight": patches}))
 
 
+# ============ train.py: evaluation ============
+
+def test_knn_is_the_definition():
+    right = 0
+    bank, queries = torch.randn(360, 5, generator=data.seeded(0)).split([60, 300])
+    bank_labels, labels = torch.randint(4, (360,), generator=data.seeded(1)).split([60, 300])
+    for query, label in zip(queries, labels):
+        similarity, nearest = F.cosine_similarity(query[None], bank).topk(20)
+        votes = torch.zeros(4).index_add(0, bank_labels[nearest], (similarity / 0.07).exp())
+        right += int(votes.argmax() == label)
+    assert train.knn(bank, bank_labels, queries, labels) == pytest.approx(100 * right / 300)
+    lonely = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])  # of itself a row would vote for its own class
+    own = lonely, torch.arange(3)
+    assert train.knn(*own, *own, k=1, leave_one_out=True) == 0
+    alone = lonely[:1], torch.arange(1)
+    assert math.isnan(train.knn(*alone, *alone, leave_one_out=True))
+
+
+def test_overlap_counts_pixels_and_clusters_find_their_objects():
+    truth = torch.zeros(4, 4, 4, dtype=torch.long)
+    truth[:2, :2, :2] = 1                        # object 1 in a quarter of the first tube's two frames
+    truth[:2, 3, 3] = -1                         # a pixel to be ignored
+    truth[3] = 1
+    clusters = torch.tensor([[[1, 0], [0, 2]], [[3, 3], [3, 3]]])
+    assert train.overlap(truth, clusters, 5).tolist() == [[16, 0, 6, 16, 0], [0, 8, 0, 16, 0]]
+    mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0, 0], [0, 0, 8, 0], [2, 6, 0, 0]]))
+    assert columns == [0, 2, 1]
+    assert mean == pytest.approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
+    assert train.match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
+    # Clusters 0 and 1 -> object 0, 2 and 3 -> object 1; an object without a cluster counts 0.
+    mean = train.match_many_to_one(torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]]))
+    assert mean == pytest.approx((19 / (20 + 21 - 19) + 10 / (12 + 11 - 10)) / 2)
+    assert train.match_many_to_one(torch.tensor([[5, 5], [1, 0]])) == pytest.approx(10 / 11 / 2)
+
+
+def test_kmeans_finds_separate_points():
+    truth = torch.arange(6).repeat_interleave(30)
+    x = 20 * torch.eye(6)[truth] + torch.randn(180, 6, generator=data.seeded(1))
+    for seed in range(5):
+        cluster = train.kmeans(x, 6, seed, restarts=1)
+        assert len(torch.stack([truth, cluster], dim=1).unique(dim=0)) == 6
+        assert len(cluster.unique()) == 6
+    x = torch.randn(200, 3, generator=data.seeded(2))        # no clusters: each is nearest to its own mean
+    cluster = train.kmeans(x, 4, 3)
+    means = torch.stack([x[cluster == k].mean(dim=0) for k in range(4)])
+    assert torch.equal(torch.cdist(x, means).argmin(dim=1), cluster)
+    assert torch.equal(cluster, train.kmeans(x, 4, 3))
+    assert len(train.kmeans(x[:3], 10).unique()) == 3        # fewer points than clusters
+
+
+def test_linear_probe_on_known_data():
+    generator, labels = data.seeded(0), torch.arange(400) % 5
+    x = torch.randn(5, 12, generator=generator)[labels] + 0.1 * torch.randn(400, 12, generator=generator)
+    swapped = labels[300:].clone()
+    swapped[:30] = (swapped[:30] + 1) % 5        # 30 of 100 are wrong
+    assert train.linear_probe(x[:300], labels[:300], x[300:], swapped) == pytest.approx(70)
+    # Small, off centre, beside large noise.
+    faint = torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=generator)], dim=1)
+    assert train.linear_probe(faint[:300], labels[:300], faint[300:], labels[300:]) > 95
+
+
+def test_multi_view_averages_softmax(videos):
+    """Logits are a known function of the clip: the brightness of all, the left edge and the first frame."""
+    class Reader(torch.nn.Module):
+        def forward(self, video):
+            parts = video, video[..., 0], video[:, :, 0]
+            return torch.stack([part.flatten(1).mean(dim=1) for part in parts], dim=1) * 30
+
+    args = SimpleNamespace(batch_size=14)
+    process = SimpleNamespace(workers=0, device=torch.device("cpu"), cuda=False, stop_signal=0, named=set(),
+                              autocast=nullcontext)
+    found, model = data.find_videos(videos), Reader()
+    clips = data.Clips(found, 2, 1, 32, 0, False, views=(2, 3))
+    # [videos, views, classes]
+    logits = torch.stack([model(data.normalize(clips[0, i]["video"])) for i in range(8)])
+    truth = logits.softmax(dim=2).mean(dim=1).argmax(dim=1)
+    assert not torch.equal(truth[2:], logits.mean(dim=1).argmax(dim=1)[2:])       # averaged logits would err
+    found.labels = torch.cat([(truth[:2] + 1) % 3, truth[2:]])                    # two of eight are wrong
+    assert train.multi_view(args, process, model, clips) == (75.0, 100.0, 8)
+
+
+def test_the_classifier_is_videomaes_with_layer_decay():
+    full, model, depth = tiny().eval(), classifier(5).eval(), SIZES["tiny"]["depth"]
+    weights = train.Weights("x", full.state_dict(), {}, 0, "")
+    train.load_weights(model, weights, free=("fc_norm.", "head."))
+    video = torch.randn(2, 3, 4, 32, 32)
+    full.encoder.norm = torch.nn.Identity()
+    pooled = F.layer_norm(full.features(video).mean(1), model.fc_norm.normalized_shape, eps=1e-6)
+    assert torch.allclose(model(video), pooled @ model.head.weight.T + model.head.bias, atol=1e-6)
+    assert 0 < model.head.weight.abs().max() < 1e-3
+    drops = torch.tensor([block.drop_path for block in model.encoder.blocks])
+    assert torch.allclose(drops, torch.linspace(0, 0.1, depth))
+    groups = train.layer_groups(model, (0.9, 0.999))
+    of = {p: group for group in groups for p in group["params"]}
+    assert len(of) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
+    for name, p in model.named_parameters():
+        block = re.search(r"blocks\.(\d+)", name)
+        layer = int(block[1]) + 1 if block else 0 if "patch_embed" in name else depth + 1
+        assert of[p]["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer)), name
+        assert of[p]["weight_decay"] == (0.05 if p.ndim > 1 else 0.0), name
+
+
+@parametrize("flip", [True, False])
+def test_augmentation_is_one_draw_for_all_frames(flip):
+    torch.manual_seed(0)
+    still = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8)
+    augment = train.augmentation(flip)
+    drawn = torch.stack([augment(still.repeat(5, 1, 1, 1)) for _ in range(60)])
+    assert drawn.shape == (60, 5, 3, 24, 24)
+    assert drawn.dtype == torch.uint8
+    assert (drawn == drawn[:, :1]).all()
+    assert len(drawn.unique(dim=0)) > 40
+    mirrored = (drawn[:, 0] == still.flip(-1)).flatten(1).all(dim=1)
+    assert mirrored.any() == flip
+
+
 @beside
 def test_evaluation_does_not_depend_on_the_number_of_processes(world, tmp_path):
-    """What is right of noise, by chance, shows the order of features: the probe has two minibatches."""
-    rng, lines, found = np.random.default_rng(0), [], []
+    """On noise the score is chance, and changes with the order of the features, of which the probe makes two
+    minibatches."""
+    random, lines, found = np.random.default_rng(0), [], []
     for n in range(80):
-        pictures = rng.integers(0, 256, (4, 5, 5, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+        pictures = random.integers(0, 256, (4, 5, 5, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
         video_write(tmp_path / f"{n}.mp4", "mpeg4", pictures)
-        lines.append(f"{n}.mp4 {rng.integers(6)}\n")
+        lines.append(f"{n}.mp4 {random.integers(6)}\n")
     (tmp_path / "data.csv").write_text("".join(lines))
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     (tmp_path / "val.csv").write_text("".join(["bad.mp4 0\n", *lines]))
@@ -2537,7 +2608,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(world, tmp_path):
         assert text.count("unreadable: ") == 1, text  # though both ranks read it
         found.append([(record["eval"], record["step"], record["top1"]) for record in read_log(out)])
     assert found[0] == found[1]
-    # Fine-tuned from scratch, with clips that are spread over the video.
+    # Fine-tuning from scratch, with frames that are spread over the video, tests every video once as well.
     flags = ["--stride", 0, "--batch-size", 3, "--steps", 1, "--out", tmp_path / "o"]
     Apart("--finetune", "none", "--size", "tiny", *eval_flags(world / "videos"), *flags, world=2).end()
     assert read_log(tmp_path / "o")[-1]["videos"] == 8
@@ -2572,20 +2643,20 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
 
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
-    """K-means, of small differences, in float32 also where the model is not."""
+    """K-means looks at small differences, so it computes in float32 also where the model is in bf16."""
     kmeans = train.kmeans
 
     def checked(x, *more):
         assert x.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu")
         return kmeans(x, *more)
-    features = mock.Mock(wraps=SIGMA.features)
+    features = mock.create_autospec(SIGMA.features, side_effect=SIGMA.features)
     overlap = mock.Mock(wraps=train.overlap)
     monkeypatch.setattr(train, "kmeans", checked)
-    monkeypatch.setattr(SIGMA, "features", lambda *given: features(*given))
+    monkeypatch.setattr(SIGMA, "features", features)
     monkeypatch.setattr(train, "overlap", overlap)
     flags = "--data", world / "davis", "--out", tmp_path / "davis", "--precision", "bf16"
-    main_here("--segment", world / "ours.pt", *flags)
+    main_here("--segment", world / "ours.pt", *flags, pictures=True)
     record, = read_log(tmp_path / "davis")
     assert record["eval"] == "segment"
     assert record["step"] == 7
@@ -2593,17 +2664,20 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     assert 0 < record["miou"] < record["miou_overclustering"] <= 100
     for name in ("segments", "prototypes"):
         assert Image.open(tmp_path / "davis" / f"{name}.png").size[0] > 300
+    # Two protocols compare the middle 4 frames of blue0, which has 5 with a mask, then those of red1, which
+    # has 6 and is the sixth video. Row 0 of the masks does not count.
     truths = [call.args[0] for call in overlap.call_args_list]
-    # blue0 without its first frame, and red1; the whole picture is squeezed.
     assert np.array_equal(truths[0][:, 1:], disc("blue", 0)[1][2:, 1:])
     assert (truths[0][:, 0] == -1).all()
     assert np.array_equal(truths[-1][:, 1:], disc("red", 5)[1][1:5, 1:])
+    # The model sees the whole picture of red1, squeezed: it is bright in red where the disc is.
     inside = F.interpolate(truths[-1][None].float(), (32, 32), mode="nearest-exact")[0] > 0
     clip = features.call_args_list[1].args[1]
     assert ((clip[0, 0] > 1) == inside).float().mean() > 0.97
 
 
 def test_the_readme_names_what_there_is():
+    """Its flags, those of data.py, torchrun, Docker, uv and Slurm, its links, and the pieces in its table."""
     readme = (HERE / "README.md").read_text()
     others = ("help rate seconds short-side ipc shm-size no-project with-requirements max-restarts "
               "nnodes standalone nproc_per_node rdzv_backend rdzv_id rdzv_endpoint nodes ntasks-per-node "
@@ -2611,6 +2685,10 @@ def test_the_readme_names_what_there_is():
     flags = {name[2:] for name in train.make_parser()._option_string_actions}
     assert set(re.findall(r"--([a-z][a-z_-]+)", readme)) <= {*others, *flags}
     assert all((HERE / link).exists() for link in re.findall(r"\]\(([a-z_]+[./][\w./]+)\)", readme))
+    table = re.search(r"(?s)\| in the paper .*?\n\n", readme)[0]
+    pieces = {**vars(sigma), "SIGMA": tiny()}    # a model has prototypes, the class has not
+    for name in re.findall(r"(?m)`([\w.]+)`(?=[^|\n]*\|$)", table):             # in the last column
+        eval(name, pieces)
 
 
 # ============ python test_sigma.py speed: a step beside the release's way of computing ============
