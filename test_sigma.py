@@ -1995,7 +1995,7 @@ def test_a_run_leaves_what_the_interface_says(whole):
     for name in ("preview.png", "curve.png", "prototypes.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 200
-            assert len(picture.getcolors(10 ** 6)) > 20
+            assert len(picture.getcolors(1_000_000)) > 20
     with Image.open(out / "preview.gif") as moving:
         assert moving.n_frames == 4
     assert saved_step(out) == 12
@@ -2657,7 +2657,7 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     assert record["clips"] == 2                  # of val.txt
     assert 0 < record["miou"] < record["miou_overclustering"] <= 100
     for name in ("segments", "prototypes"):
-        assert Image.open(out / f"{name}.png").size[0] > 300
+        assert Image.open(out / f"{name}.png").width > 300
     # Two protocols compare the middle 4 frames of blue0, which has 5 with a mask, then those of red1, which
     # has 6 and is the sixth video. Row 0 of the masks does not count.
     truths = [call.args[0] for call in overlap.call_args_list]
