@@ -1716,7 +1716,7 @@ class Apart:
             port = str(server.getsockname()[1])
         with tempfile.NamedTemporaryFile(delete=False) as file:
             self.said = Path(file.name)  # what they print, together
-        self.ranks = []
+        self.ranks = []  # their processes
         for rank in range(world):
             variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
                          "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
@@ -1728,7 +1728,7 @@ class Apart:
 
     @staticmethod
     def work(said, variables, start, arguments):
-        """What runs in each of them."""
+        """Runs in each of these processes."""
         output = os.open(said, os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -1815,13 +1815,13 @@ def saved_step(out):
 
 
 def read_log(out, runs=False):
-    """The objects of log.jsonl: with `runs` what it says of its runs, else all others."""
+    """The objects of log.jsonl: with `runs` those that describe a run, otherwise all others."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [record["run"] if runs else record for record in records if ("run" in record) == runs]
 
 
 def losses(log):
-    """step -> loss; fails on a step that stands twice."""
+    """{step: loss} of a log. Fails where a step stands twice."""
     found = {record["step"]: record["loss"] for record in log if "loss" in record}
     assert len(found) == sum("loss" in record for record in log), "a step is logged twice"
     return found
@@ -2047,7 +2047,7 @@ def test_the_gradient_norm_is_that_of_the_whole_step(videos, tmp_path, monkeypat
 
 
 def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path, capsys, monkeypatch):
-    """torchrun sends its SIGTERM during an evaluation."""
+    """It is torchrun's SIGTERM, during an evaluation."""
     def video_features(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise data.WorkerError("a worker has ended (signal 15)")
@@ -2217,7 +2217,7 @@ def test_another_fold_or_corrected_labels_are_another_run(videos, tmp_path, caps
 
 
 def test_an_older_versions_checkpoint_that_says_less_is_resumed(whole, videos, tmp_path, capsys):
-    """Nothing is left to do, so the log stays as it is."""
+    """The run is done, so its log stays as it is."""
     out = shutil.copytree(whole.out, tmp_path / "run")
     content = sigma.load_checkpoint(out / "checkpoint.pt")
     for name in ("names_and_labels", "initial_weights"):
@@ -2236,12 +2236,12 @@ def test_init_takes_what_fits_and_says_what_starts_anew(videos, tmp_path, capsys
     run_here(videos, out, *flags, 1)
     line, = re.findall(r".*anew start.*", capsys.readouterr().out)
     taken = "decoder, decoder head, encoder, encoder_to_decoder, mask_token, projection network"
-    assert line.endswith(f"taken are {taken}; anew start prototypes")                 # 8 instead of 12
+    assert line.endswith(f"taken are {taken}; anew start prototypes")                 # 8, not 12
     model = sigma.load_checkpoint(out / "checkpoint.pt")["model"]
     for name in began.keys() - {"prototypes"}:
         assert torch.equal(model[name], began[name]), name
-    assert "initial_weights" in refused(capsys, 2, run_here, videos, out, "--steps", 2)   # began differently
-    start.unlink()                               # not needed any more
+    assert "initial_weights" in refused(capsys, 2, run_here, videos, out, "--steps", 2)   # at random
+    start.unlink()                               # a resumed run does not need it
     assert losses(run_here(videos, out, *flags, 2))[2]
     _, resumed = read_log(out, runs=True)
     assert resumed["from_step"] == 1
@@ -2271,7 +2271,7 @@ def test_a_closed_standard_output_is_no_obstacle(videos, tmp_path):
 
 
 def test_colours_are_the_three_principal_components():
-    """Over all clips together, up to their signs: as NumPy's covariance has them."""
+    """They are taken over all clips together. NumPy's covariance has the same ones, up to their signs."""
     tokens = torch.randn(2, 50, 6, generator=data.seeded(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1])
     rows = tokens.flatten(0, 1).double().numpy()
     vectors = np.linalg.eigh(np.cov(rows.T))[1]  # in ascending order
@@ -2284,7 +2284,7 @@ def test_colours_are_the_three_principal_components():
 
 
 def test_compile_reaches_every_block_and_the_loss():
-    """DINO's too, though it is hidden from the model's modules; with static shapes."""
+    """DINO's blocks are reached too, though the model's modules do not show them. All shapes are static."""
     model = tiny(**DINO)
     with (mock.patch.object(torch.nn.Module, "compile", autospec=True) as block_compile,
           mock.patch.object(torch, "compile") as function_compile):
@@ -2332,7 +2332,8 @@ def test_nonsense_gives_one_line_and_exit_code_2(world, tmp_path, capsys, monkey
     ("--finetune none --data x", dict(epochs=100, lr=1e-3, warmup_epochs=5)),
     ("--finetune none", dict(epochs=15, size="tiny", image_size=48, lr=1e-2))])
 def test_presets(flags, expected):
-    """Warm-up is at most an eighth of the epochs that are typed. Without --data it is the demo."""
+    """Without --data it is the demo. If only --epochs is typed, warm-up is at most an eighth of them. All
+    else has the paper's default."""
     args, _ = train.parse_args(flags.split())
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -2405,7 +2406,7 @@ def test_videomaes_fine_tuned_files(tmp_path, videos):
     assert train.load_weights(same, weights, heads) == []
     assert_close(state, same.state_dict(), rtol=0, atol=0)
     assert train.load_weights(classifier(6), weights, heads) == ["head.weight", "head.bias"]
-    for flag in ("--probe", "--segment"):        # frozen, it is read as well
+    for flag in ("--probe", "--segment"):        # as a frozen encoder, too
         main_here(flag, path, *eval_flags(videos), "--out", tmp_path / flag)
 
 
@@ -2507,7 +2508,7 @@ def test_kmeans_finds_separate_points():
         cluster = train.kmeans(x, 6, seed, restarts=1)
         assert len(torch.stack([truth, cluster], dim=1).unique(dim=0)) == 6
         assert len(cluster.unique()) == 6
-    x = torch.randn(200, 3, generator=data.seeded(2))        # no clusters: each is nearest to its own mean
+    x = torch.randn(200, 3, generator=data.seeded(2))        # no clusters: a point is nearest to its own mean
     cluster = train.kmeans(x, 4, 3)
     means = torch.stack([x[cluster == k].mean(dim=0) for k in range(4)])
     assert torch.equal(torch.cdist(x, means).argmin(dim=1), cluster)
@@ -2521,7 +2522,7 @@ def test_linear_probe_on_known_data():
     swapped = labels[300:].clone()
     swapped[:30] = (swapped[:30] + 1) % 5        # 30 of 100 are wrong
     assert train.linear_probe(x[:300], labels[:300], x[300:], swapped) == pytest.approx(70)
-    # Small, off centre, beside large noise.
+    # What tells the classes apart is now small and off centre, and large noise lies beside it.
     faint = torch.cat([1e-3 * x + 3, 100 * torch.randn(x.shape, generator=generator)], dim=1)
     assert train.linear_probe(faint[:300], labels[:300], faint[300:], labels[300:]) > 95
 
@@ -2538,7 +2539,7 @@ def test_multi_view_averages_softmax(videos):
                               autocast=nullcontext)
     found, model = data.find_videos(videos), Reader()
     clips = data.Clips(found, 2, 1, 32, 0, False, views=(2, 3))
-    # [videos, views, classes]
+    # of shape [videos, views, classes]
     logits = torch.stack([model(data.normalize(clips[0, i]["video"])) for i in range(8)])
     truth = logits.softmax(dim=2).mean(dim=1).argmax(dim=1)
     assert (truth != logits.mean(dim=1).argmax(dim=1)).any()                      # averaged logits would err
@@ -2624,7 +2625,8 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
                      for part in (torch.load(world / "ours.pt"), content))
     assert 0 < (after - before).abs().max() < 0.1
     assert content["classes"] == ["blue", "red"]
-    # Known by its weights: the same elsewhere goes on, others do not, and in the end none are needed.
+    # The file is known by its weights: moved it is accepted, with other weights refused, and a run that has
+    # begun does not need it.
     moved = shutil.copy(world / "ours.pt", tmp_path / "moved.pt")
     flags[1] = moved
     main_here(*flags, tmp_path / "parts")
@@ -2695,7 +2697,8 @@ def bench_release(*flags):
 
 
 def in_turns(ways, rounds):
-    """The median of what each way, a function, returns. In turns, as a busy machine is slow for all alike."""
+    """The median of what each way, a function, returns. They take turns, so that a busy machine slows all
+    of them alike."""
     found = [[way() for way in ways] for _ in range(rounds)]
     return np.median(found, axis=0)
 
@@ -2724,7 +2727,7 @@ def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions=
         return float(re.search(r"([\d.]+) ms a step", printed)[1]) / int(batch)
 
     for precision in precisions.split(","):
-        # OpenMP's default again for the release, in spite of train.py's OMP_WAIT_POLICY.
+        # The release gets OpenMP's default again, in spite of train.py's OMP_WAIT_POLICY.
         programs = [partial(step, precision, {"GOMP_SPINCOUNT": "300000"}, __file__, "step"),
                     partial(step, precision, {}, HERE / "train.py", "--bench")]
         medians = in_turns(programs, int(rounds))
@@ -2735,7 +2738,7 @@ def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions=
 
 # ============ python test_sigma.py evidence: what the paper's choices do on the demo ============
 
-# Flags of train.py, over the demo's defaults. Pixels and SIGMA: the best of four learning rates for each.
+# Flags of train.py, over the demo's defaults. Pixels and SIGMA have the best of four learning rates each.
 EVIDENCE = {
     "untrained": "--steps 1",  # the warm-up's first step has a learning rate of 0
     "pixels, L2 (VideoMAE)": "--target pixel --lr 8e-3", "MLP features, L2": "--loss l2",
@@ -2747,8 +2750,8 @@ EVIDENCE = {
 
 
 def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
-    """Pretrains, probes and segments rows of EVIDENCE, `at_once` side by side; a table of means and standard
-    deviations over seeds. What is done stays done."""
+    """Pretrains, probes and segments rows of EVIDENCE, `at_once` side by side, and prints a table of means
+    and standard deviations over seeds. What an earlier call has done is not done again."""
     folder = Path(folder).absolute()
     names = list(EVIDENCE)[:int(rows)]
     data.write_demo(folder / "videos")
