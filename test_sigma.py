@@ -2322,8 +2322,7 @@ NONSENSE = {
 @parametrize("flags", NONSENSE)
 def test_nonsense_gives_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(world)
-    start = "--data", "videos", "--size", "tiny", "--out", tmp_path / "o"
-    assert NONSENSE[flags] in refused(capsys, 2, main_here, *start, *flags.split())
+    assert NONSENSE[flags] in refused(capsys, 2, run_here, "videos", tmp_path / "run", *flags.split())
 
 
 @parametrize("flags, expected", [
