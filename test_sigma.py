@@ -1665,6 +1665,7 @@ def world(tmp_path_factory):
     (root / "davis/Annotations/480p/blue0/00000.png").unlink()                       # its frame is skipped
     (root / "davis/ImageSets/2017").mkdir(parents=True)
     (root / "davis/ImageSets/2017/val.txt").write_text("blue0\nred1\n")
+    (root / "third.txt").write_text("videos/red/0.mp4 2\n")
     args = dict(size="tiny", target="mlp", loss="sigma", frames=4, image_size=32, stride=1, prototypes=12)
     torch.save({"model": tiny().state_dict(), "step": 7, "args": args}, root / "ours.pt")
     return root
@@ -1710,7 +1711,8 @@ class Apart:
     """train.main in processes of its own, which share a process group as torchrun would describe it.
 
     They run while the test goes on: it can wait for lines of their log, send them signals, and at last `end`
-    them. world: how many. start: what they call instead of train.main. environ: more variables for them."""
+    them. world: how many. start: what they call instead of train.main. environ: more variables for them.
+    All but the first fail where they would write a checkpoint or a picture."""
     def __init__(self, *arguments, world=1, start=main_here, environ=()):
         with socket.create_server(("127.0.0.1", 0)) as server:                     # finds a port that is free
             port = str(server.getsockname()[1])
@@ -1733,6 +1735,8 @@ class Apart:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(variables)
+        if train.rank():
+            train.replace_file = None
         start(*map(str, arguments))
 
     def send(self, signum):
@@ -2313,6 +2317,7 @@ NONSENSE = {
     "--probe ours.pt --data videos": "--val is missing", "--probe ours.pt --size base": "size tiny",
     "--probe ours.pt --finetune none": "not allowed with",
     "--finetune none --data videos --val videos/red": "has no labels",
+    "--finetune none --data videos --val third.txt": "--val has labels that --data lacks",
     "--init nowhere.pth": "No such file", "--finetune none --stride -1": "--stride",
     "--finetune none --val videos --frames 3": "multiple of 2",
     "--segment videos/red/0.mp4 --data videos": "checkpoint",
