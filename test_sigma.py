@@ -58,34 +58,34 @@ torch.set_num_threads(1)
 
 # ============ sigma.py: tubes, mask and Sinkhorn ============
 
-def test_tube_mask_hides_the_same_patches_in_every_step_and_any_as_often():
+def test_tube_mask_hides_the_same_patches_in_every_step_and_each_equally_often():
     mask = tube_mask(5, steps=8, patches=196, ratio=0.9, generator=data.seeded(0))
     assert mask.shape == (5, 8 * 196)
     assert mask.dtype == torch.bool
     steps = mask.view(5, 8, 196)
     assert (steps == steps[:, :1]).all()
     assert (steps.sum(dim=2) == 176).all()
-    assert len({tuple(clip.tolist()) for clip in steps[:, 0]}) == 5  # drawn per clip
-    assert torch.equal(mask, tube_mask(5, 8, 196, 0.9, generator=data.seeded(0)))
+    assert len(steps[:, 0].unique(dim=0)) == 5   # each clip has a draw of its own
     share = tube_mask(20_000, steps=1, patches=10, ratio=0.3, generator=data.seeded(1)).float().mean(dim=0)
     assert (share - 0.3).abs().max() < 5 * math.sqrt(0.3 * 0.7 / 20_000)  # five standard deviations
 
 
 def test_normalized_tubes_are_the_raw_pixels_normalised():
     raw = torch.rand(2, 5, 128, 3, dtype=torch.float64)
-    raw[0, 0] = 0.5 + raw[0, 0] / 1000  # so flat that the 1e-6 shows
-    raw[0, 1] = 0.3  # one colour
+    raw[0, 0] = 0.5 + raw[0, 0] / 1000           # is so flat that the 1e-6 shows
+    raw[0, 1] = 0.3                              # has one colour
     expected = (raw - raw.mean(dim=2, keepdim=True)) / (raw.std(dim=2, keepdim=True) + 1e-6)
     expected = expected.flatten(2).float()
     given = (raw - torch.tensor(data.IMAGENET_MEAN)) / torch.tensor(data.IMAGENET_STD)
     tubes = sigma.normalize_tubes(given.flatten(2).float())
     assert not tubes[0, 1].any()
-    assert_close(tubes[0, 0], expected[0, 0], atol=1e-3, rtol=1e-3)  # its pixels' own rounding
+    # In the flat tube float32's rounding of the pixels themselves is that large.
+    assert_close(tubes[0, 0], expected[0, 0], atol=1e-3, rtol=1e-3)
     assert_close(tubes[0, 2:], expected[0, 2:], atol=2e-6, rtol=1e-5)
 
 
 def reference_sinkhorn(scores, eps=0.05, iterations=10):
-    """The definition in float64 logarithms: from scores / eps, columns then rows so many times, rows last."""
+    """By definition, in float64 logarithms: columns, and then rows, are brought to the sum 1, in turn."""
     log_q = scores.double() / eps
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
@@ -94,6 +94,7 @@ def reference_sinkhorn(scores, eps=0.05, iterations=10):
 
 
 def unit_vectors(n, width=16, seed=0, shift=0.0):
+    """Random vectors [n, width] of length 1; a shift leans all of them to the same side."""
     return F.normalize(torch.randn(n, width, generator=data.seeded(seed)) + shift, dim=1)
 
 
@@ -102,8 +103,8 @@ def unit_scores(n, k, width=16):
     return unit_vectors(n, width, seed=0, shift=0.5) @ unit_vectors(k, width, seed=1, shift=0.5).T
 
 
-def assert_float64(q, scores, *settings):
-    """q is Sinkhorn's of these scores, to 1e-5, with every argmax."""
+def assert_is_plan(q, scores, *settings):
+    """Checks that q is Sinkhorn's plan for these scores, to 1e-5 and with every argmax."""
     expected = reference_sinkhorn(scores, *settings)
     assert_close(q.double(), expected, atol=1e-5, rtol=1e-3)
     assert torch.equal(q.argmax(dim=1), expected.argmax(dim=1))
@@ -115,35 +116,37 @@ def assert_float64(q, scores, *settings):
 def test_sinkhorn_equals_float64(n, k, eps, iterations):
     scores = unit_scores(n, k)
     q = sinkhorn(scores.requires_grad_(), eps, iterations)
-    assert_float64(q, scores.detach(), eps, iterations)
+    assert_is_plan(q, scores.detach(), eps, iterations)
     assert not q.requires_grad
-    if iterations == 200:
+    if iterations == 200:                        # so many that the columns are even
         assert_close(q.sum(dim=0), torch.full((k,), n / k), atol=1e-2, rtol=1e-3)
 
 
-@parametrize("eps", [0.01, 0.02, 0.03, 0.05])
+@parametrize("eps", [0.01, 0.03])
 def test_sinkhorn_is_exact_where_half_of_the_tubes_lie_on_prototypes(eps):
-    """At a small ε these rows and the others differ by more than float32 can hold."""
+    """At a small ε the exponentials of these rows and of the others differ by more than float32 can hold."""
     prototypes = unit_vectors(50, 64)
     far = unit_vectors(300, 64, seed=1)
     near = F.normalize(prototypes.repeat(6, 1) + 0.01 * torch.randn(300, 64, generator=data.seeded(2)), dim=1)
     scores = torch.cat([far, near]) @ prototypes.T
-    assert_float64(sinkhorn(scores, eps), scores, eps)
+    assert_is_plan(sinkhorn(scores, eps), scores, eps)
 
 
 @parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sinkhorn_of_rows_of_different_level_in_float32_inside_autocast(dtype):
+def test_sinkhorn_is_exact_for_rows_of_different_levels_also_inside_autocast(dtype):
+    # Three iterations do not converge, so a shift of each row that is not made good would change the plan.
     scores = unit_scores(200, 20) + torch.linspace(0, 1, 200)[:, None]
     far = torch.tensor([0.0, 0.01, 0.02]).repeat(6, 1)
-    far[3:] -= 50  # e^(-1000) below the others: all zero after a common shift
+    far[3:] -= 50  # e^-1000 below the others: in float32 these rows are 0 if all get the same shift
     with torch.autocast("cpu", dtype):
-        assert_float64(sinkhorn(scores, 0.05, 3), scores, 0.05, 3)  # to shift every row is another plan
-        assert_close(sinkhorn(far).double(), reference_sinkhorn(far), atol=1e-5, rtol=0)  # all alike
+        assert_is_plan(sinkhorn(scores, 0.05, 3), scores, 0.05, 3)
+        # All of these rows want the same, so the plan is flat and has no argmax.
+        assert_close(sinkhorn(far).double(), reference_sinkhorn(far), atol=1e-5, rtol=0)
 
 
 @parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@parametrize("size", [1e-30, 1.0, 30.0, 1e4, 1e6])
-def test_sinkhorn_is_finite_for_large_scores(dtype, size):
+@parametrize("size", [1e-30, 1e4, 1e6])
+def test_sinkhorn_is_finite_for_any_scores(dtype, size):
     size = min(size, torch.finfo(dtype).max)
     scores = ((2 * torch.rand(64, 32, generator=data.seeded(0), dtype=torch.float64) - 1) * size).to(dtype)
     scores[0] = -size
@@ -154,6 +157,7 @@ def test_sinkhorn_is_finite_for_large_scores(dtype, size):
         assert q.dtype == torch.float32
         assert q.isfinite().all()
         assert_close(q.sum(dim=1), torch.ones(64))
+        # At 1e4 float32 rounds scores / eps to 0.01, 1% of its exponential; above that no digit is left.
         if size <= 1e4 and iterations <= 10:
             expected = reference_sinkhorn(scores.float(), iterations=iterations)
             assert_close(q.double(), expected, atol=1e-3, rtol=1e-2)
@@ -167,15 +171,21 @@ def test_the_examples_in_docstrings_are_true():
 
 # ============ sigma.py: the model ============
 
-def rng(name):
+def named_rng(name):
+    """Random numbers that depend on this name alone."""
     return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+@lru_cache(None)
+def named_noise(name, shape):
+    return torch.from_numpy(named_rng(name).standard_normal(shape, dtype=np.float32))
 
 
 def fill(state_dict):
     """name -> tensor of its shape, drawn from the name alone: whoever has these names has these weights."""
     filled = {}
     for name, value in state_dict.items():
-        noise = torch.from_numpy(rng(name).standard_normal(tuple(value.shape), dtype=np.float32))
+        noise = named_noise(name, value.shape)
         if name.endswith("prototypes"):
             filled[name] = noise
         elif "norm" in name and name.endswith("weight"):
@@ -188,17 +198,17 @@ def fill(state_dict):
 
 
 def parity_clip():
-    coarse = torch.from_numpy(rng("video").random((2, 3, 4, 14, 14), dtype=np.float32))
+    """Two clips of drifting clouds with some grain, normalised, and their masks, drawn from names, too."""
+    coarse = torch.from_numpy(named_rng("video").random((2, 3, 4, 14, 14), dtype=np.float32))
     clip = F.interpolate(coarse, size=(16, 224, 224), mode="trilinear")
-    grain = torch.from_numpy(rng("grain").standard_normal(clip.shape, dtype=np.float32))
+    clip = (clip + 0.05 * named_noise("grain", clip.shape)).clamp(0, 1)
     mask = torch.zeros(2, 8, 196, dtype=torch.bool)
     for b in range(2):
-        mask[b][:, torch.from_numpy(rng(f"mask{b}").permutation(196)[:176].copy())] = True
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    return ((clip + 0.05 * grain).clamp(0, 1) - mean) / std, mask.flatten(1)
+        mask[b, :, named_rng(f"mask{b}").permutation(196)[:176]] = True
+    return data.normalize(255 * clip), mask.flatten(1)
 
 
-# What the authors' release computes from these weights, this video and this mask.
+# What the authors' code prints for these weights, video and mask: the loss, and norms of some gradients.
 RELEASE = {
     "mlp": (16.367634, {"prototypes": 0.337176, "head.0.weight": 0.519883, "decoder.head.weight": 0.205296,
                         "encoder.patch_embed.proj.weight": 0.0651179}),
@@ -212,19 +222,18 @@ def test_losses_and_gradients_of_the_release(target):
     model = SIGMA("small", target, "l2" if target == "pixel" else "sigma")
     model.load_state_dict(fill(model.state_dict()), strict=True)
     loss, _ = model(*parity_clip())
-    loss.backward()
     expected, norms = RELEASE[target]
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    parameters = dict(model.named_parameters())
-    for name, norm in norms.items():
-        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=2e-3), name
+    # These gradients alone take a third less time than all do.
+    gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in norms])
+    for name, gradient in zip(norms, gradients):
+        assert gradient.norm().item() == pytest.approx(norms[name], rel=2e-3), name
 
 
-@parametrize("size, depth, values", [
-    ("small", 12, [27_829_952, 26_185_152, 24_029_376]), ("base", 12, [97_765_760, 96_219_264, 94_210_944]),
-    ("large", 24, [321_172_992, 319_692_032, 317_782_016]),
-    ("huge", 32, [656_331_392, 654_915_968, 653_104_256])])
-def test_state_dictionaries_are_the_released_ones(size, depth, values):
+@parametrize("size, values", [
+    ("small", [27_829_952, 26_185_152, 24_029_376]), ("base", [97_765_760, 96_219_264, 94_210_944]),
+    ("large", [321_172_992, 319_692_032, 317_782_016]), ("huge", [656_331_392, 654_915_968, 653_104_256])])
+def test_state_dictionaries_are_the_released_ones(size, values):
     with torch.device("meta"):
         states = [SIGMA(size, *kind).state_dict() for kind in ((), ("dino",), ("pixel", "l2"))]
     assert [sum(v.numel() for v in state.values()) for state in states] == values
@@ -236,14 +245,14 @@ def test_state_dictionaries_are_the_released_ones(size, depth, values):
     block |= {"attn.q_bias", "attn.v_bias", "attn.qkv.weight"}
     names = both("encoder.patch_embed.proj", "encoder.norm", "decoder.norm", "decoder.head")
     names |= {"encoder_to_decoder.weight", "mask_token"}
-    names |= {f"encoder.blocks.{i}.{leaf}" for i in range(depth) for leaf in block}
+    names |= {f"encoder.blocks.{i}.{leaf}" for i in range(SIZES[size]["depth"]) for leaf in block}
     names |= {f"decoder.blocks.{i}.{leaf}" for i in range(4) for leaf in block}
     head = both("head.0", "head.2", "head.4", "head.6")
     assert [set(state) for state in states] == [names | {"prototypes"} | head, names | {"prototypes"}, names]
 
 
 def tiny(**settings):
-    """A small model; DINO's network in it is filled."""
+    """A model of size "tiny" that is always the same; DINO's network in it has the weights of `fill`."""
     torch.manual_seed(0)
     model = SIGMA("tiny", **{"num_prototypes": 12, "frames": 4, "image_size": 32, **settings})
     if model.target == "dino":
@@ -284,7 +293,7 @@ def test_a_step_on_the_gpu_never_waits_for_it(settings, dtype):
 
 @parametrize("assignment", ["hard", "soft"])
 def test_the_loss_its_statistics_and_gradients_are_the_papers(assignment):
-    """The equation in float64; prototypes become unit length, and learn from φ's term alone."""
+    """The truth is the equation in float64. Prototypes come to unit length, and learn from φ's term alone."""
     torch.manual_seed(0)
     x_psi, x_phi, C = [torch.randn(n, 64, requires_grad=True) for n in (50, 50, 12)]
     unit_psi, unit_phi, unit_C = [F.normalize(value.double(), dim=1) for value in (x_psi, x_phi, C)]
@@ -317,7 +326,7 @@ def test_the_loss_its_statistics_and_gradients_are_the_papers(assignment):
 
 
 def test_two_forward_passes_before_one_backward_pass():
-    """As with gradients of two losses that are added: the prototypes are set to unit length in between."""
+    """The second sets the prototypes to unit length in place: if that spoils the first, autograd raises."""
     model = tiny()
     first, _ = model(*tiny_batch(seed=0))
     second, _ = model(*tiny_batch(seed=1))
@@ -325,11 +334,12 @@ def test_two_forward_passes_before_one_backward_pass():
     assert model.prototypes.grad.norm() > 0
 
 
-def test_the_loss_that_the_model_holds_can_be_compiled():
-    """The graph is traced and differentiated by PyTorch's compiler, but run without generated code."""
+@parametrize("assignment", ["hard", "soft"])
+def test_the_loss_can_be_compiled(assignment):
+    """PyTorch's compiler traces and differentiates it, here without generating code, for two iterations."""
     results = []
     for compiled in (False, True):
-        model = tiny()
+        model = tiny(assignment=assignment, iterations=2)
         if compiled:
             model.loss_fn = torch.compile(model.loss_fn, backend="aot_eager", dynamic=False)
         for seed in range(2):
@@ -372,18 +382,18 @@ def test_dino_features_come_from_the_first_frame_of_each_tube_normalised_over_th
     assert features.shape == (4, 2 * 16, 384)
     assert_close(features.mean(dim=1), torch.zeros(4, 384), atol=1e-4, rtol=0)
     assert_close(features.std(dim=1), torch.ones(4, 384), atol=1e-3, rtol=0)
-    video[:, :, 1::2] = 0  # second frames do not count
+    video[:, :, 1::2] = 0                        # second frames do not count
     assert_close(model.teacher_features(video), features)
     assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
 
 
-def test_a_teacher_without_weights_is_said_once():
-    model = SIGMA("tiny", "dino", teacher="vits16", frames=4, image_size=32, num_prototypes=12)
+def test_a_teacher_without_weights_is_warned_of_once():
+    model = SIGMA("tiny", **DINO, frames=4, image_size=32, num_prototypes=12)
     with pytest.warns(UserWarning, match="weights are random"):
         model(*tiny_batch())
     loaded = tiny(**DINO)
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")  # as in a program: the same warning once
+        warnings.simplefilter("default")         # as in a program, which shows the same warning once
         loaded(*tiny_batch())
         assert not said
         model(*tiny_batch())
@@ -392,27 +402,25 @@ def test_a_teacher_without_weights_is_said_once():
 
 
 def test_the_demonstration_shows_both_failures_and_the_cure(capsys):
-    sigma.demonstration(steps=40)
-    first, last = {}, {}
-    for step, name, words in re.findall(r"(?m)^step +(\d+)  (\S.*?) +loss (.*)", capsys.readouterr().out):
-        words = ["loss", *words.split()]
-        numbers = {word: float(value) for word, value in zip(words[::2], words[1::2])}
-        first.setdefault(name, (step, numbers))
-        last[name] = numbers
-    assert list(last) == ["L2", "no Sinkhorn", "SIGMA", "soft"]
-    assert all(step == "1" and numbers["spread"] > 0.5 for step, numbers in first.values())
+    """With seeds 0 to 2 the failures' spread is at most 0.21, SIGMA's at least 0.28, its agreement 0.18."""
+    sigma.demonstration(steps=20)
+    printed = capsys.readouterr().out
+
+    def value(step, name, word):
+        return float(re.search(rf"(?m)^step +{step}  {name} .*{word} ([\d.]+)", printed)[1])
+    for name in ("L2", "no Sinkhorn", "SIGMA", "soft"):
+        assert value(1, name, "spread") > 0.5
     for failure in ("L2", "no Sinkhorn"):
-        assert last[failure]["loss"] < 0.1
-        assert last[failure]["spread"] < 0.25
-    assert last["no Sinkhorn"]["perplexity"] < 1.1
-    cure = last["SIGMA"]
-    assert cure["spread"] > 0.35
-    assert cure["perplexity"] > 10
-    assert cure["agreement"] > 0.3
-    assert last["soft"]["agreement"] < cure["agreement"] / 2
+        assert value(20, failure, "loss") < 0.05
+        assert value(20, failure, "spread") < 0.24
+    assert value(20, "no Sinkhorn", "perplexity") < 1.1
+    assert value(20, "SIGMA", "spread") > 0.26
+    assert value(20, "SIGMA", "perplexity") > 5
+    assert value(20, "SIGMA", "agreement") > 0.15
+    assert value(20, "soft", "agreement") < value(20, "SIGMA", "agreement") / 2
 
 
-def test_assign_and_features():
+def test_features_and_assignments_are_of_all_tubes():
     model = tiny()
     video, mask = tiny_batch()
     chosen, tokens = model.assign(video), model.features(video)
@@ -421,43 +429,57 @@ def test_assign_and_features():
     x = x @ F.normalize(model.prototypes, dim=1).T
     assert torch.equal(chosen, x.argmax(dim=-1))
     assert torch.equal(model.prototype_scores(video), x)
-    assert (model.frames, model.image_size) == (4, 32)
     with pytest.raises(ValueError, match="no prototypes"):
         tiny(loss="l2").assign(video)
 
 
 @VARIANTS
-def test_every_parameter_learns_and_recomputing_changes_no_number_and_keeps_less(settings):
-    results, kept = [], {False: 0, True: 0}
-
-    def keep(x):
-        kept[recompute] += x.numel()
-        return x
-
-    for recompute in kept:
+def test_every_parameter_learns_and_recomputing_changes_no_number(settings):
+    results = []
+    for recompute in (False, True):
         model = tiny(recompute=recompute, **settings)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss, _ = model(*tiny_batch())
+        loss, _ = model(*tiny_batch())
         loss.backward()
-        unused = {"prototypes"} if settings.get("loss") == "l2" else set()
-        gradients = {name: p.grad for name, p in model.named_parameters() if name not in unused}
-        assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients.values())
-        results.append([loss.detach(), *gradients.values()])
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients)
+        results.append([loss.detach(), *gradients])
     assert_close(*results)
-    assert kept[True] < 0.7 * kept[False]
-    # No shape and no step depends on values: without storage whatever asks for one raises.
+
+
+def test_recomputing_keeps_less():
+    """A block keeps its input alone, and not what its layers made of it: of all numbers, 14%."""
+    def kept(recompute):
+        sizes = []
+        def keep(x):
+            sizes.append(x.numel())
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            tiny(recompute=recompute)(*tiny_batch())
+        return sum(sizes)
+    assert kept(True) < 0.25 * kept(False)
+
+
+@VARIANTS
+def test_no_step_reads_a_value(settings):
+    """On a GPU that would mean waiting for it. Meta tensors have none: whatever reads a value raises."""
     mask = tiny_batch()[1]
     with torch.device("meta"):
-        SIGMA("tiny", frames=4, image_size=32, **settings)(torch.zeros(4, 3, 4, 32, 32), mask)[0].backward()
+        model = SIGMA("tiny", frames=4, image_size=32, **settings)
+        loss, _ = model(torch.zeros(4, 3, 4, 32, 32), mask)
+        loss.backward()
 
 
-def test_models_and_inputs_that_make_no_sense_are_refused_in_one_line():
-    for settings, message in (
-            (dict(size="giant"), "size 'giant' is not one of"), (dict(target="pixel"), "goes with loss l2"),
-            (dict(frames=5), "frames is 5.*multiple of 2"), (dict(image_size=30), "image_size is 30.*of 8"),
-            (dict(eps=0.0), "eps is 0.0.*positive"), (dict(iterations=-1), "iterations is -1")):
-        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-            SIGMA(**{"size": "tiny", **settings})
+@parametrize("settings, message", [
+    (dict(size="giant"), "size 'giant' is not one of"), (dict(teacher="clip"), "teacher 'clip' is not one"),
+    (dict(target="pixel"), "goes with loss l2"), (dict(frames=5), "frames is 5.*multiple of 2"),
+    (dict(image_size=30), "image_size is 30.*of 8"), (dict(eps=0.0), "eps is 0.0.*positive"),
+    (dict(num_prototypes=0), "num_prototypes is 0.*positive"), (dict(iterations=-1), "iterations is -1")])
+def test_impossible_settings_are_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+        SIGMA(**{"size": "tiny", **settings})
+
+
+def test_inputs_that_the_model_was_not_built_for_are_refused():
     video, mask = tiny_batch()
     uneven = mask.clone()
     uneven[1] = False
@@ -466,10 +488,13 @@ def test_models_and_inputs_that_make_no_sense_are_refused_in_one_line():
             (video[:, :, :2], mask, r"frames.*\(4, 3, 2, 32, 32\).*\(4, 3, 4, 32, 32\)"),
             (video, mask[:, :16], r"mask.*\(4, 16\) instead of \(4, 32\)$"),
             (video, of_frames, "frames instead of steps"), (video, mask[0], "mask"),
-            (video, uneven, "equally many masked tubes"), (video, mask & ~mask, "equally many"),
-            (video, mask | ~mask, "equally many")):
+            (video, uneven, "equally many masked tubes"), (video, torch.zeros_like(mask), "equally many"),
+            (video, torch.ones_like(mask), "equally many")):
         with pytest.raises(ValueError, match=message):
             tiny()(clips, hidden)
+
+
+def test_features_of_the_wrong_shape_are_refused():
     x, C = torch.randn(6, 64), torch.randn(12, 64)
     for given, message in (((x[None], x[None], C), r"\[N, E\]"), ((x, x[:5], C), r"\[5, 64\]"),
                            ((x, x, C[:, :32]), r"\[12, 32\]"),
@@ -493,18 +518,14 @@ def pieces_of_sigma():
 
 
 def needed(name, pieces):
-    """What has to be copied along with a piece, at any remove."""
-    found, todo = set(), [name]
-    while todo:
-        names = {node.id for node in ast.walk(pieces[todo.pop()]) if isinstance(node, ast.Name)}
-        new = names & pieces.keys() - found
-        found |= new
-        todo += new
-    return found - {name}
+    """All other pieces that this one uses, by itself or through others: what has to be copied along."""
+    names = {node.id for node in ast.walk(pieces[name]) if isinstance(node, ast.Name)}
+    direct = (names & pieces.keys()) - {name}
+    return direct.union(*(needed(other, pieces) for other in direct))
 
 
 def paste(name):
-    """Runs a piece and what its docstring says to copy along, under the three imports -> its namespace."""
+    """Runs a piece and the pieces it needs, under the three imports -> its namespace."""
     pieces = pieces_of_sigma()
     wanted = needed(name, pieces) | {name}
     source = [*IMPORTS, *(ast.unparse(node) for other, node in pieces.items() if other in wanted)]
@@ -514,17 +535,18 @@ def paste(name):
 
 
 def test_every_piece_says_what_it_pastes_with():
+    """A docstring has "Pastes with: these, names." unless the piece needs nothing but the imports."""
     pieces = pieces_of_sigma()
-    assert {"tube_mask", "sinkhorn", "sigma_loss", "load_checkpoint", "SIZES"} <= pieces.keys()
     for name in pieces.keys() - {"SIGMA", "demonstration"}:  # these need nearly the whole file
         if not isinstance(pieces[name], ast.Assign):
             text = " ".join(ast.get_docstring(pieces[name]).split())
-            said = re.findall(r"Pastes with: ([^.]+)\.", text)
-            assert set(", ".join(said).split(", ")) - {""} == needed(name, pieces), name
+            said = re.findall(r"\w+", text.partition("Pastes with: ")[2].partition(".")[0])
+            missing = needed(name, pieces)
+            assert set(said) == missing, f"the docstring of {name} needs 'Pastes with: {missing}.'"
 
 
 def test_pasted_pieces_work_under_three_imports():
-    """Without SIGMA around it the loss begins near 2 ln K too, whatever the prototypes' length."""
+    """The loss without SIGMA around it begins near 2 ln K, too, however long the prototypes are."""
     x_psi, x_phi = unit_vectors(400, 64, seed=0), unit_vectors(400, 64, seed=1)
     C = 5 * torch.randn(30, 64, generator=data.seeded(2))
     assert torch.equal(paste("tube_mask").tube_mask(2, 8, 9, generator=data.seeded(3)),
@@ -542,6 +564,7 @@ def test_sigma_imports_pytorch_alone_and_runs_nothing_when_imported():
 
 # ============ the release's way of computing: the same numbers, slower ============
 
+@torch.no_grad()
 def release_sinkhorn(scores, eps=0.05, iterations=10):
     """The matrix scaled in place, from one exponential of all scores."""
     q = (scores.float() / eps).exp().t()
@@ -557,8 +580,7 @@ def naive_attention(q, k, v):
 
 
 def release_forward(model, video, mask):
-    """As SIGMA.forward: naive attention, boolean indexing, every tube embedded, Sinkhorn in place, DINO in
-    fp32."""
+    """SIGMA.forward with naive attention, boolean masks, all tubes embedded, DINO in fp32, its Sinkhorn."""
     def take(x, which):
         return x[which].reshape(len(x), -1, x.shape[-1])
 
@@ -576,14 +598,15 @@ def release_forward(model, video, mask):
         x_psi = model.decoder(x, int(mask[0].sum()))
         if model.target == "dino":
             with torch.autocast(video.device.type, enabled=False):
-                x_phi = take(model.teacher_features(video), mask)
+                x_phi = take(model.teacher_features(video), mask)  # the features themselves are the model's
         else:
             x_phi = take(sigma.normalize_tubes(sigma.patchify(video, model.patch)), mask)
-            x_phi = model.head(x_phi) if model.target == "mlp" else x_phi
+            if model.target == "mlp":
+                x_phi = model.head(x_phi)
         return model.forward_loss(x_psi.flatten(0, 1), x_phi.flatten(0, 1))
 
 
-@parametrize("settings", [dict(), dict(target="pixel", loss="l2"), DINO], ids=str)
+@VARIANTS
 def test_the_releases_way_of_computing_gives_the_same_loss_and_gradients(settings):
     results = []
     for forward in (SIGMA.forward, release_forward):
@@ -594,38 +617,44 @@ def test_the_releases_way_of_computing_gives_the_same_loss_and_gradients(setting
     assert_close(*results, atol=1e-5, rtol=1e-3)
 
 
-class Malice:
+# ============ sigma.py: reading a checkpoint, several processes ============
+
+def test_load_checkpoint_reads_the_authors_files_also_in_threads(tmp_path):
+    authors = {"model": tiny().state_dict(), "optimizer": {"state": {}}, "epoch": 799,
+               "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=1e-4, data_path="x")}
+    torch.save(authors, tmp_path / "authors.pth")
+    content = sigma.load_checkpoint(tmp_path / "authors.pth")
+    assert content["epoch"] == 799
+    assert content["args"].lr == 1e-4
+    tiny().load_state_dict(content["model"], strict=True)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(sigma.load_checkpoint, [tmp_path / "authors.pth"] * 50))
+
+
+class Malice:  # who unpickles this makes a folder
     def __reduce__(self):
         return (os.mkdir, ("ran",))
 
 
-def test_load_checkpoint_reads_the_authors_files_and_refuses_code(tmp_path, monkeypatch):
+def test_load_checkpoint_refuses_code_and_what_is_no_checkpoint_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    authors = {"model": tiny().state_dict(), "optimizer": {"state": {}}, "epoch": 799,
-               "scaler": {"scale": 1.0}, "args": argparse.Namespace(lr=1e-4, data_path="x")}
-    torch.save(authors, "authors.pth")
-    content = sigma.load_checkpoint("authors.pth")
-    assert content["epoch"] == 799
-    assert content["args"].lr == 1e-4
-    tiny().load_state_dict(content["model"], strict=True)
     torch.save({"model": {}, "args": Malice()}, "evil.pth")
     torch.save([1, 2], "list.pth")
+    # A bare pickle lacks the frame of PyTorch's files, so it is refused before its code is looked at.
     contents = {"evil.pkl": pickle.dumps({"model": Malice()}), "empty.pth": b"", "text.pth": b"no checkpoint",
-                "torn.pth": Path("authors.pth").read_bytes()[:5000]}
+                "torn.pth": Path("evil.pth").read_bytes()[:-100]}
     for name, written in contents.items():
         Path(name).write_bytes(written)
     for name in ("evil.pth", "list.pth", *contents):
-        with pytest.raises(ValueError, match=name) as caught:
+        with pytest.raises(ValueError, match=rf"^{name}[^\n]*$"):
             sigma.load_checkpoint(name)
-        assert "\n" not in str(caught.value)
-        assert ("mkdir" in str(caught.value)) == (name == "evil.pth")
+    with pytest.raises(ValueError, match=r"evil\.pth.*wants to run \S*mkdir"):
+        sigma.load_checkpoint("evil.pth")
     assert not Path("ran").exists()
-    with ThreadPoolExecutor(4) as pool:  # in threads too
-        assert all(pool.map(sigma.load_checkpoint, ["authors.pth"] * 50))
 
 
 def run_rank(rank, folder, scores):
-    """In each of two processes: Sinkhorn of its rows, gradients of half a batch."""
+    """What each of two processes does: Sinkhorn of its rows, and the gradients of half a batch."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -634,7 +663,8 @@ def run_rank(rank, folder, scores):
     if rank == 1:
         torch.nn.init.normal_(model.mask_token)  # DDP must hand out rank 0's weights
     model = torch.nn.parallel.DistributedDataParallel(model)
-    loss, stats = model(*(half.chunk(2)[rank] for half in tiny_batch()))
+    video, mask = tiny_batch()
+    loss, stats = model(video.chunk(2)[rank], mask.chunk(2)[rank])
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.module.named_parameters()}
     torch.save((plan, loss.detach(), stats, gradients), f"{folder}/result{rank}")
@@ -642,40 +672,42 @@ def run_rank(rank, folder, scores):
 
 
 def test_two_processes_with_half_the_clips_equal_one_with_all(tmp_path):
-    """Sinkhorn also where their halves differ in size. A soft plan shows every error in it."""
+    """Sinkhorn's halves differ in size. With soft assignments every error of the plan shows in the loss."""
     scores = unit_scores(90, 12)
     torch.multiprocessing.start_processes(run_rank, (tmp_path, scores), 2, start_method=data.START_METHOD)
     results = [torch.load(tmp_path / f"result{rank}") for rank in range(2)]
     plans, losses, statistics, gradients = zip(*results)
-    assert_float64(torch.cat(plans), scores)
+    assert_is_plan(torch.cat(plans), scores)
     model = tiny(assignment="soft")
     loss, stats = model(*tiny_batch())
     loss.backward()
     assert_close(sum(losses) / 2, loss.detach(), atol=0, rtol=1e-5)
     for rank in range(2):
-        for name in ("perplexity", "spread"):    # over all ranks already
+        for name in ("perplexity", "spread"):    # these are over all ranks already
             assert_close(statistics[rank][name], stats[name], atol=0, rtol=1e-4)
         for name, parameter in model.named_parameters():
             assert_close(gradients[rank][name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 # ============ data.py: making videos ============
+# Frame n of a video shows the number n as a bar code, so that a clip tells which frames it holds. Fixtures of
+# the whole session, which tests may read but not change: video_file(name), a file in each of VIDEO_FORMATS;
+# video_set, a small data set with a broken file; below, world and videos, what train.py's tests learn from.
 
 W, H, N = 128, 96, 50  # of most videos: width, height, frames
 
 
-def video_paint(n, width=W, height=H):
-    """uint8 [height, width, 3]: eight bars, dark or light as the bits of n, inverted on the lower half; noise
-    that moves lies over them, so that every pixel matters."""
-    row = (55 + 140 * (n >> np.arange(8) & 1))[np.arange(width) * 8 // width]
-    bars = np.where(np.arange(height)[:, None] < height // 2, row, 250 - row)
-    noise = np.random.default_rng(0).integers(-30, 30, (height // 4 + 1, width // 4 + 1, 3))
-    noise = np.roll(noise.repeat(4, 0).repeat(4, 1), (n, -2 * n), (0, 1))
-    return (bars[:, :, None] + noise[:height, :width]).astype(np.uint8)
+def video_paint(n):
+    """A picture [H, W, 3] of n: eight bars, light where a bit of n is 1, else dark, and the other way round
+    in the lower half. Moving noise lies over them, so that every pixel matters."""
+    row = (55 + 140 * (n >> np.arange(8) & 1)).repeat(W // 8)
+    bars = np.where(np.arange(H)[:, None] < H // 2, row, 250 - row)
+    noise = np.random.default_rng(0).integers(-30, 30, (H // 4, W // 4, 3)).repeat(4, 0).repeat(4, 1)
+    return (bars[:, :, None] + np.roll(noise, (n, -2 * n), (0, 1))).astype(np.uint8)
 
 
 def video_numbers(clip):
-    """The painted numbers of uint8 [T, 3, S, S] that shows the whole picture; fails if they are not clear."""
+    """Reads the painted numbers off a clip [T, 3, S, S] of whole pictures; fails where they are not clear."""
     size = clip.shape[-1]
     x = torch.arange(8) * size // 8 + size // 16
     upper, lower = clip.float().mean(1)[:, size // 4][:, x], clip.float().mean(1)[:, 3 * size // 4][:, x]
@@ -685,16 +717,14 @@ def video_numbers(clip):
 
 def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=None, options=None,
                 colour_range=None):
-    """Encodes pictures (default: N painted numbers) -> path. times: pts in milliseconds. colour_range: 2 is
-    JPEG's."""
+    """Writes pictures (None: N painted numbers) -> path. times in milliseconds. colour_range: 2 is JPEG's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [video_paint(n) for n in range(N)] if pictures is None else pictures
+    if pictures is None:
+        pictures = [video_paint(n) for n in range(N)]
     with av.open(path, "w", options={"movflags": "faststart"}) as file:
         height, width = pictures[0].shape[:2]
         stream = file.add_stream(codec, 25, options or {}, width=width, height=height, pix_fmt=pix_fmt)
         stream.codec_context.thread_count = 1
-        bframes = (options or {}).get("bf", 3 if codec.startswith("libx26") else 0)
-        stream.codec_context.max_b_frames = int(bframes)
         if times:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for n, picture in enumerate(pictures):
@@ -710,13 +740,14 @@ def video_write(path, codec="libx264", pictures=None, pix_fmt="yuv420p", times=N
 
 
 def video_copy(source, target, change, all_keys=False, **options):
-    """Copies packets. change(i, content) -> (pts, dts) in 1/25 s, or None: left out; may change the bytes.
-    all_keys: every packet of the copy is called a keyframe."""
+    """Copies a video's packets -> target. change(i, content): when packet i is shown and decoded, in 1/25 s,
+    or None to leave it out; it may change the content. all_keys: all packets call themselves keyframes."""
     with av.open(source) as file, av.open(target, "w", options=options) as output:
         stream = output.add_stream_from_template(file.streams.video[0])
         for i, packet in enumerate(packet for packet in file.demux(video=0) if packet.size):
             content = bytearray(bytes(packet))
-            if times := change(i, content):
+            times = change(i, content)
+            if times is not None:
                 copy = av.Packet(bytes(content))
                 copy.time_base, copy.stream = Fraction(1, 25), stream
                 copy.is_keyframe = all_keys or packet.is_keyframe
@@ -725,11 +756,11 @@ def video_copy(source, target, change, all_keys=False, **options):
     return target
 
 
-FINE = {"crf": "1"}
+FINE = {"crf": "1"}  # nearly without loss
 X264 = {"x264-params": "keyint=16:bframes=3:b-pyramid=normal:scenecut=0:b-adapt=0:log-level=-1"}
-# Cut, these make H.264's decoder complain, though nothing is lost.
+# Open groups (see data.py). Where such a video is cut, H.264's decoder complains, though nothing is lost.
 OPEN = {"x264-params": X264["x264-params"].replace("normal", "strict") + ":open-gop=1:ref=6"}
-X265 = "keyint=16:bframes=3:log-level=none"
+X265 = {"preset": "ultrafast", "x265-params": "keyint=16:bframes=3:log-level=none"}
 LIVE = {"deadline": "realtime", "cpu-used": "8", "g": "16", "auto-alt-ref": "1", "lag-in-frames": "10"}
 FLAT = {"x264-params": "keyint=16:bframes=0:scenecut=0:log-level=-1"}
 VIDEO_FORMATS = {
@@ -742,7 +773,7 @@ VIDEO_FORMATS = {
     "mpeg4.mp4": dict(codec="mpeg4", options={"bf": "2", "g": "12"}),
     "vp9.webm": dict(codec="libvpx-vp9", options=LIVE),
     "vp8.webm": dict(codec="libvpx", options=LIVE),
-    "hevc.mov": dict(codec="libx265", options={"preset": "ultrafast", "x265-params": X265}),
+    "hevc.mov": dict(codec="libx265", options=X265),
     "tenbit.mkv": dict(pix_fmt="yuv420p10le"),
     "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
     "av1.mp4": dict(codec="libsvtav1", options={"preset": "12", "g": "16"}),
@@ -753,52 +784,66 @@ VIDEO_FORMATS = {
 
 @pytest.fixture(scope="session")
 def video_file(tmp_path_factory):
-    """video_file(name) -> path of the named format, written once."""
+    """video_file(name) -> path of a video of this format, written when first asked for."""
     folder = tmp_path_factory.mktemp("videos")
     return lru_cache(None)(lambda name: video_write(folder / name, **VIDEO_FORMATS[name]))
 
 
 def silence(second):
-    """One second of it, which begins at this one."""
+    """One second of silence, which starts at this second."""
     frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
     frame.rate, frame.pts = 8000, 8000 * second
     return frame
 
 
-def video_whole(path, frames, stride, start, **kwargs):
+def read_numbers(path, frames, stride, start, **kwargs):
+    """The numbers that the frames of this clip show."""
     return video_numbers(data.read_clip(path, frames, stride, start, (0, 0, W, H), 64, **kwargs))
 
 
+def numbers_of(file, lists):
+    """The numbers that an open Video shows in the frames of these lists, read at once."""
+    clips = file.read([(numbers, (0, 0, W, H)) for numbers in lists], 64)
+    return [video_numbers(torch.from_numpy(clip).transpose(0, 1)) for clip in clips]
+
+
 def video_decode(path):
-    """All frames of the stream that libav thinks best, decoded by nothing but PyAV's loop."""
+    """All frames of a video, decoded by nothing but PyAV's loop."""
     with av.open(path) as container:
         return list(container.decode(container.streams.best("video")))
 
 
 def video_check(path, starts=None, stride=1):
-    """Three frames from every start (or these) are those of a plain decode, bit for bit -> its length."""
-    frames, graph = video_decode(path), av.filter.Graph()
-    crop = 0, 0, frames[0].width, frames[0].height                 # the whole picture
-    shape = dict(width=frames[0].width, height=frames[0].height, format=frames[0].format.name)
-    deep = [("format", "yuv444p16le")] if frames[0].format.components[0].bits > 8 else []
-    filters = [*deep, ("scale", "32:32:flags=bilinear"), ("format", "gbrp"), ("buffersink",)]
-    source = graph.add_buffer(time_base=Fraction(1, 25), **shape)
+    """Checks clips of three frames from starts (None: all even ones) against a plain decode -> its length."""
+    frames = video_decode(path)
+    width, height, kind = frames[0].width, frames[0].height, frames[0].format
+    filters = [("scale", "32:32:flags=bilinear"), ("format", "gbrp"), ("buffersink",)]
+    if kind.components[0].bits > 8:
+        filters.insert(0, ("format", "yuv444p16le"))
+    graph = av.filter.Graph()
+    source = graph.add_buffer(time_base=Fraction(1, 25), width=width, height=height, format=kind.name)
     graph.link_nodes(source, *(graph.add(*step) for step in filters)).configure()
-    truth = np.stack([(graph.push(frame), graph.pull().to_ndarray())[1] for frame in frames])
+    pictures = []
+    for frame in frames:
+        graph.push(frame)
+        pictures.append(graph.pull().to_ndarray())
+    truth = np.stack(pictures)
     for start in starts or range(0, len(truth), 2):
         numbers = [min(start + i * stride, len(truth) - 1) for i in range(3)]
-        got = data.read_clip(path, 3, stride, start, crop, size=32).permute(0, 2, 3, 1)
-        assert np.array_equal(got, truth[numbers]), (path, start)
+        got = data.read_clip(path, 3, stride, start, (0, 0, width, height), size=32).permute(0, 2, 3, 1)
+        assert np.array_equal(got, truth[numbers]), start
     return len(truth)
 
 
-# ============ data.py: exact frames, files that are wrong, lists, clips ============
+# ============ data.py: exact frames ============
 
-def video_enter(path):
-    """Fails where the times are trusted, and yet a frame is not reached from the keyframe before it."""
+def check_seeking(path):
+    """Checks that frames are reached from the keyframes before them, in formats whose times are trusted."""
     with data.Video(path) as file:
-        for n in range(0, N if file.times else 0, 3):
-            assert [number for number, _ in file.from_keyframes([n])] == [n]
+        assert bool(file.times) == (path.name not in ("h264.avi", "raw.h264", "mpeg4.mp4"))
+        if file.times:
+            for n in range(0, N, 3):
+                assert [number for number, _ in file.from_keyframes([n])] == [n]
 
 
 @parametrize("name", VIDEO_FORMATS)
@@ -806,46 +851,46 @@ def test_frames_are_the_ones_asked_for(video_file, name, monkeypatch):
     path = video_file(name)
     assert video_check(path) == N
     video_check(path, [0, 17, N - 8], stride=7)
-    video_enter(path)
+    check_seeking(path)
     with data.Video(path) as file:
         lists = [[41, 3, 3, 28], [0, 17, 49, 49], [14, 15, 16, 17]]
-        for _ in range(2):                       # a second reading of an open file as well
-            clips = file.read([(numbers, (0, 0, W, H)) for numbers in lists], 64)
-            assert [video_numbers(torch.from_numpy(clip).transpose(0, 1)) for clip in clips] == lists
-    assert np.diff(video_whole(path, 4, 4, None, generator=data.seeded(3))).tolist() == [4, 4, 4]
-    monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)  # of large files no packets are kept
-    video_enter(path)
-    assert video_whole(path, 4, 5, 30) == [30, 35, 40, 45]
+        assert numbers_of(file, lists) == lists
+        assert numbers_of(file, lists) == lists  # an open file can be read again
+    assert np.diff(read_numbers(path, 4, 4, None, generator=data.seeded(3))).tolist() == [4, 4, 4]
+    monkeypatch.setattr(data, "MAX_KEPT_BYTES", 10)  # as with a large file, whose packets are not kept
+    check_seeking(path)
+    assert read_numbers(path, 4, 5, 30) == [30, 35, 40, 45]
 
 
 def in_order(i, content):
-    """A change for video_copy that is none: the packets of a video without B-frames."""
+    """For video_copy: changes nothing. As the next two it is for videos without B-frames."""
     return i, i
 
 
-def not_coded(i, content):
-    """Some packets say of an MPEG-4 frame that it is not coded: 6 bytes that show nothing."""
+def not_coded(i, content, more=b""):
+    """Puts packets of 6 bytes (or more), which show nothing, in the place of some frames of MPEG-4."""
     if i in (5, 6, 20):
-        bits = f"{1:02b}01{i % 25:05b}10" + "01111"  # P, no second, its time in 1/25 s, not coded; filled up
-        content[:] = b"\0\0\1\xb6" + int(bits, 2).to_bytes(2, "big")
+        # After a start code: P frame, 0 full seconds, marker, time in 1/25 s, marker, not coded, padding.
+        bits = f"01 0 1 {i % 25:05b} 1 0 01111".replace(" ", "")
+        content[:] = b"\0\0\1\xb6" + int(bits, 2).to_bytes(2, "big") + more
     return i, i
 
 
 def complaining(i, content):
-    """A message (SEI) that says it is longer than it is costs H.264 no picture, and yet is an error."""
+    """Adds messages (SEI) that are shorter than they say: H.264's decoder complains, but loses no picture."""
     if i % 3 == 1:
         message = b"\x06\x05\x64abc\x80"
         content[:0] = len(message).to_bytes(4, "big") + message
     return i, i
 
 
-@parametrize("source, target, change, frames", [
-    ("plain.mp4", "no_table.mp4", in_order, N), ("h263.3gp", "phone.3gp", in_order, N),
-    ("plain.mp4", "not_coded.mp4", not_coded, N - 3), ("flat.mp4", "sei.mp4", complaining, N),
+@parametrize("source, target, change, all_keys, frames", [
+    ("plain.mp4", "no_table.mp4", in_order, True, N), ("h263.3gp", "phone.3gp", in_order, True, N),
+    ("plain.mp4", "not_coded.mp4", not_coded, True, N - 3), ("flat.mp4", "sei.mp4", complaining, False, N),
 ])
-def test_what_packets_say_of_themselves_is_not_believed(video_file, tmp_path, source, target, change, frames):
-    """Every packet calls itself a keyframe; some show nothing, or make the decoder complain of nothing."""
-    path = video_copy(video_file(source), tmp_path / target, change, all_keys="sei" not in target)
+def test_what_packets_say_is_not_believed(video_file, tmp_path, source, target, change, all_keys, frames):
+    """All call themselves keyframes, some show nothing, or a message in them is an error but no damage."""
+    path = video_copy(video_file(source), tmp_path / target, change, all_keys)
     found = video_check(path)
     assert frames - 1 <= found <= frames         # FFmpeg 7 loses one
     with data.Video(path) as file:
@@ -853,6 +898,7 @@ def test_what_packets_say_of_themselves_is_not_believed(video_file, tmp_path, so
 
 
 def test_a_palette_that_comes_once_and_an_avi_without_an_index(tmp_path):
+    # Grey from light to dark, red, green, blue and alpha: the picture is decoded right only with the palette.
     shades = np.stack([np.arange(256)[::-1]] * 3 + [np.full(256, 255)], 1).astype(np.uint8)
     with av.open(tmp_path / "pal8.avi", "w") as file:
         stream = file.add_stream("rawvideo", rate=25, width=W, height=H, pix_fmt="pal8")
@@ -862,17 +908,16 @@ def test_a_palette_that_comes_once_and_an_avi_without_an_index(tmp_path):
         file.mux(stream.encode())
     pictures = [video_paint(n) for n in range(20)]
     path = video_write(tmp_path / "cinepak.avi", "cinepak", pictures, "rgb24", options={"g": "10"})
-    path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
+    path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))  # the index
     assert video_check(path) == 20
     assert video_check(tmp_path / "pal8.avi") == 9
 
 
 def video_fields(path, frames):
-    """Writes raw H.264, 16 x 32 pixels, as camcorders do: a frame is two fields, each a packet of its own.
-
-    No encoder at hand does, so the bytes are given: a field is one macroblock, without compression."""
+    """Writes raw H.264, 16 x 32 pixels, as camcorders do: a frame is two fields, each a packet of its own. No
+    encoder at hand does, so the bytes stand here: a field is one block of 16 x 16, without compression."""
     stream = bytes.fromhex("00000001 674d001eda6480 00000001 68ce3c80")  # sizes and settings
-    tops = ("00000001 6588852834", "00000001 6588848a0d00")  # neighbours have to differ
+    tops = ("00000001 6588852834", "00000001 6588848a0d00")  # headers of neighbours have to differ
     for n in range(frames):
         for field in (tops[n % 2], "00000001 618886a0d0"):
             stream += bytes.fromhex(field) + bytes([20 + 4 * n]) * 384 + b"\x80"
@@ -899,89 +944,88 @@ def test_where_only_the_sound_goes_on_the_video_is_whole(tmp_path):
             file.mux(video.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24")))
         for second in range(20):
             file.mux(sound.encode(silence(second)))
-    assert video_whole(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
+    assert read_numbers(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 3])
     with pytest.raises(data.VideoError, match="cut off"):
         data.read_clip(path, 2, 1, N)
 
 
 def test_frames_that_nobody_wants_or_needs_are_not_decoded(video_file, tmp_path):
-    """So damage in them costs nothing; damage in a wanted one is an error."""
-    def damaged(i, content):
+    """Damage in such a frame does no harm; where the frame is wanted, it is an error."""
+    def damage(i, content):
         if content[4] == 1:                      # H.264's mark of a frame that no other one needs
             content[20:] = b"\xff" * (len(content) - 20)
             lost.append(times[i])
-        return times[i], i - 3
+        return times[i], i - 3                   # with B-frames, decoding is up to 3 frames ahead
 
-    lost = []
+    lost = []                                    # numbers of the damaged frames
     with av.open(video_file("bframes.mp4")) as file:
-        times = [round(packet.pts / 512) for packet in file.demux(video=0) if packet.size]
-    path = video_copy(video_file("bframes.mp4"), tmp_path / "skipped.mp4", damaged)
+        times = [packet.pts // 512 for packet in file.demux(video=0) if packet.size]  # 512: a frame's ticks
+    path = video_copy(video_file("bframes.mp4"), tmp_path / "skipped.mp4", damage)
     kept = [n for n in range(20, 40) if n not in lost]
     assert len(lost) > 20
     with data.Video(path) as file:
-        [clip] = file.read([(kept, (0, 0, W, H))], 64)
-        assert video_numbers(torch.from_numpy(clip).transpose(0, 1)) == kept
+        assert numbers_of(file, [kept]) == [kept]
         with pytest.raises(data.VideoError):
-            file.read([(sorted(lost)[6:8], None)])
+            file.read([(lost[6:8], None)])
 
 
-def test_a_frame_that_does_not_come_out_is_missed(video_file, tmp_path):
-    def change(i, content):
-        times = not_coded(i, content)
-        if len(content) == 6:
-            content += bytes(30)                 # shows nothing, and is too long to be suspected of it
-        return times
-
+def test_a_frame_that_the_decoder_drops_is_an_error(video_file, tmp_path):
+    change = partial(not_coded, more=bytes(30))  # data.py suspects only packets under 20 bytes
     path = video_copy(video_file("plain.mp4"), tmp_path / "missing.mp4", change)
-    assert video_whole(path, 3, 1, 13) == [13, 14, 15]
+    assert read_numbers(path, 3, 1, 13) == [13, 14, 15]
     with pytest.raises(data.VideoError, match="missing"):
         data.read_clip(path, 3, 1, 4)
 
 
-@parametrize("source, target, step, hidden", [
-    ("h264.avi", "dts.mp4", (0, 0, 0), ()), ("mpeg4.mp4", "dts.mkv", (0, 0, 0), ()),
-    ("mpeg4.mp4", "permuted.mp4", (1, 2, 0), ()), ("vp8.webm", "hidden.webm", (0, 0, 0), (5, 6, 13)),
+@parametrize("source, target, steps, hidden", [
+    ("h264.avi", "dts.mp4", [0], ()), ("mpeg4.mp4", "dts.mkv", [0], ()),
+    ("mpeg4.mp4", "permuted.mp4", [1, 2, 0], ()), ("vp8.webm", "hidden.webm", [0], (5, 6, 13)),
 ])
-def test_the_decoders_order_is_the_truth(video_file, tmp_path, source, target, step, hidden):
-    """AVI's copies have decoding times, or 1, 3, 2, 4, 6, 5, as libav makes of those; VP8 hidden packets."""
+def test_the_decoders_order_is_the_truth(video_file, tmp_path, source, target, steps, hidden):
+    """AVI's copies have decoding times, or these permuted by FFmpeg: 1, 3, 2, 4, 6, 5. VP8 hides packets."""
     def change(i, content):
-        content[0] &= ~0x10 if i in hidden else 0xFF         # VP8's show_frame
-        return i + step[i % 3], i
-
+        if i in hidden:
+            content[0] &= 0xEF                   # clears VP8's bit show_frame
+        return i + steps[i % len(steps)], i
     path = video_copy(video_file(source), tmp_path / target, change)
     assert N - len(hidden) - 1 <= video_check(path) <= N - len(hidden)  # FFmpeg 7 loses one
-    numbers = [video_whole(path, 1, 1, start)[0] for start in range(20)]
+    numbers = [read_numbers(path, 1, 1, start)[0] for start in range(20)]
     assert numbers == [n for n in range(N) if n not in hidden][:20]
 
 
 @parametrize("suffix", ["mp4", "ts"])
 def test_a_copy_that_begins_in_an_open_group_is_read(tmp_path, suffix):
-    """Its first pictures lack what they refer to. An edit list hides them (mp4), or nothing does (ts)."""
+    """Its first pictures lack what they refer to. In mp4 an edit list hides them, in ts nothing does."""
     source = video_write(tmp_path / f"whole.{suffix}", options=OPEN)
     with av.open(source) as file:
         packets = [packet for packet in file.demux(video=0) if packet.size]
         times = [round((packet.pts - packets[0].pts) * packet.time_base * 25) for packet in packets]
         start = [i for i, packet in enumerate(packets) if packet.is_keyframe][1]
     assert min(times[start:]) < times[start]
-    zero = times[start] + 1 if suffix == "mp4" else 0
-    path = video_copy(source, tmp_path / f"cut.{suffix}", avoid_negative_ts="disabled", change=lambda i, _:
-                      (times[i] - zero, i - zero - 5) if i >= start else None)
+    zero = 0
+    if suffix == "mp4":                          # for what is shown before 0 the copy gets an edit list
+        zero = times[start] + 1
+
+    def cut(i, content):
+        if i >= start:
+            return times[i] - zero, i - zero - 5  # decoding is up to 5 frames ahead
+    path = video_copy(source, tmp_path / f"cut.{suffix}", cut, avoid_negative_ts="disabled")
     frames = video_check(path)
-    assert N - times[start] - 3 < frames < N     # the edit list's first is shown or not, by FFmpeg's version
+    assert N - times[start] - 3 < frames < N     # FFmpeg's versions differ in what they show of an edit list
     with data.Video(path) as file:
-        assert file.frames == frames             # what cannot be shown is not counted either
-    assert video_check(source) == N              # in the middle, too
+        assert file.frames == frames             # what cannot be shown is not counted, either
+    assert video_check(source) == N              # where nothing is cut, open groups are whole
 
 
 def test_beyond_the_end_is_the_last_frame(tmp_path):
     """AVI of variable rate counts ticks without a picture: a clip that reaches the end is no cut-off file."""
     path = video_write(tmp_path / "ticks.avi", "mjpeg", [video_paint(n) for n in range(12)], "yuvj420p",
                        times=[40 * t for t in (0, 1, 2, 5, 6, 9, 10, 11, 12, 15, 16, 17)])
-    assert video_whole(path, 8, 2, 0) == [0, 2, 4, 6, 8, 10, 11, 11]
+    assert read_numbers(path, 8, 2, 0) == [0, 2, 4, 6, 8, 10, 11, 11]
     path = video_write(tmp_path / "short.mp4", pictures=[video_paint(n) for n in range(5)])
-    assert video_whole(path, 6, 2, None) == [0, 2, 4, 4, 4, 4]
-    assert video_whole(path, 2, 2, 9) == [4, 4]
+    assert read_numbers(path, 6, 2, None) == [0, 2, 4, 4, 4, 4]
+    assert read_numbers(path, 2, 2, 9) == [4, 4]
 
 
 @parametrize("name", ["cover.mkv", "cover.mp4"])
@@ -994,13 +1038,13 @@ def test_a_still_picture_first_is_not_the_video(tmp_path, name):
             for n in numbers:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24")))
             file.mux(stream.encode())
-    assert video_whole(tmp_path / name, 4, 5, 3) == [3, 8, 13, 18]
+    assert read_numbers(tmp_path / name, 4, 5, 3) == [3, 8, 13, 18]
 
 
 # Red grows with x, green with y, blue is flat: every pixel tells where it lies.
 RAMP = np.broadcast_arrays(np.linspace(20, 235, 160), np.linspace(20, 235, 112)[:, None], 128)
 RAMP = np.stack(RAMP, -1).round().astype(np.uint8)
-MATRICES = {  # as tkhd stores them: a b c d; what undoes that the display does this to the picture
+MATRICES = {  # a, b, c, d, as a file's header (tkhd) stores them, and what undoes this turn of the picture
     "90": (0, 1, -1, 0, np.rot90),
     "180": (-1, 0, 0, -1, lambda picture: np.rot90(picture, 2)),
     "mirrored": (-1, 0, 0, 1, lambda picture: picture[:, ::-1]),
@@ -1042,9 +1086,12 @@ def test_crops_are_in_displayed_pixels_and_colours_are_right(tmp_path, name):
             data.read_clip(path, 1, 1, 0, crop=crop)
 
 
-def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
+# ============ data.py: files that are wrong ============
+
+def test_unreadable_files_give_one_line(tmp_path):
     good = video_write(tmp_path / "good.mp4", options=X264).read_bytes()
-    contents = {"empty.mp4": b"", "headless.mp4": good[len(good) // 2:],
+    contents = {"empty.mp4": b"", "garbage.mp4": np.random.default_rng(0).bytes(20_000),
+                "headless.mp4": good[len(good) // 2:],
                 "list.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
                 "stream.mp4": b"#EXTM3U\n#EXTINF:3,\ngood.mp4\n#EXT-X-ENDLIST\n"}
     for name, content in contents.items():
@@ -1056,101 +1103,121 @@ def test_unreadable_files_give_one_line(tmp_path, monkeypatch):
         container.mux(stream.encode(silence(0)) + stream.encode())
     Image.fromarray(RAMP).save(tmp_path / "picture.mp4", format="png")
     hints = {"dir.mp4": "folders of frames", "picture.mp4": "picture"}
-    for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "picture.mp4", "absent.mp4", "good.mp4"]:
-        if name == "good.mp4":
-            monkeypatch.setattr(data, "MAX_PIXELS", 100 * 100)  # a header may ask for any amount of memory
+    for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "picture.mp4", "absent.mp4"]:
         with pytest.raises(data.VideoError) as error:
             data.read_clip(tmp_path / name)
         text = str(error.value)
-        assert "\n" not in text, name
-        assert str(tmp_path) not in text, name
-        assert len(text) > 5, name
+        assert "\n" not in text
+        assert str(tmp_path) not in text
+        assert len(text) > 5
         assert hints.get(name, "") in text
-    for arguments in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
-        with pytest.raises(ValueError):
-            data.read_clip(tmp_path / "good.mp4", **arguments)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in Linux's way")
-def test_broken_files_leave_nothing_open(tmp_path):
-    good = video_write(tmp_path / "good.mp4", pictures=[RAMP] * 5).read_bytes()
-    unknown = good.replace(b"avc1", b"zzzz")     # a codec that there is not
+def test_a_header_that_asks_for_too_much_memory_is_refused(video_file, monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", W * H - 1)
+    with pytest.raises(data.VideoError):
+        data.read_clip(video_file("flat.mp4"))
+
+
+def test_a_wrong_argument_is_no_fault_of_the_file(video_file):
+    """Stride 0, which spreads the frames over the video, is for data sets only: such a clip has no start."""
+    for argument in (dict(frames=0), dict(stride=0), dict(size=0), dict(start=-1)):
+        with pytest.raises(ValueError, match="below"):
+            data.read_clip(video_file("flat.mp4"), **argument)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks in Linux's way")
+def test_broken_files_leave_nothing_open(video_file, tmp_path):
+    good = video_file("flat.mp4").read_bytes()
+    unknown = good.replace(b"avc1", b"zzzz")     # a codec that does not exist
     empty = good[:good.index(b"mdat") + 4]       # a header without frames
     kept = []                                    # errors, as a debugger or a log keeps them
-    before = len(os.listdir("/proc/self/fd"))
     for content in (unknown, empty, b"no video at all"):
         (tmp_path / "bad.mp4").write_bytes(content)
-        for _ in range(5):
-            with pytest.raises(data.VideoError) as error:
-                data.read_clip(tmp_path / "bad.mp4")
-            kept.append(error)
-    assert len(os.listdir("/proc/self/fd")) == before
+        with pytest.raises(data.VideoError) as error:
+            data.read_clip(tmp_path / "bad.mp4")
+        kept.append(error)
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert str(tmp_path / "bad.mp4") not in opened
 
 
 @parametrize("name", ["bframes.mp4", "vfr.mkv", "opengop.ts", "h264.avi", "mjpeg.avi"])
 def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name):
-    """Beyond that it is an error, and so another draw, instead of a frame again that is not the last."""
-    content, path, got = video_file(name).read_bytes(), tmp_path / name, []
+    """Frames after the cut raise VideoError, so that another clip is drawn, and repeat no earlier frame."""
+    content = video_file(name).read_bytes()
     header = max(0, content.find(b"mdat"))
+    path = tmp_path / name
     path.write_bytes(content[:header + (len(content) - header) * 6 // 10])
+    got = []                                     # the numbers read off all frames that can be read
     for n in range(N):
         with suppress(data.VideoError):
-            got += video_whole(path, 1, 1, n)
+            got += read_numbers(path, 1, 1, n)
     assert got[:20] == list(range(20))
     assert got == sorted(set(got))
     assert len(got) < 40
 
 
-def test_damage_in_the_middle_is_not_silent(video_file, tmp_path):
-    """What comes back is right, or an error, but for one file in eight: what parses is a picture."""
-    long = X264["x264-params"].replace("keyint=16", "keyint=250")
-    path = video_write(tmp_path / "damaged.mp4", options={"x264-params": long})
+def test_damage_in_the_middle_is_not_silent(tmp_path):
+    """Each clip is right or an error. One file in eight may be wrong, since garbage can be decoded, too."""
+    path = video_write(tmp_path / "damaged.mp4")  # only the first frame is a keyframe
     truth = [data.read_clip(path, 3, 1, start, size=32) for start in range(0, N - 3, 3)]
-    content, wrong, early = path.read_bytes(), 0, 0
+    content, found = path.read_bytes(), []
     for trial in range(8):
-        damaged, rng = bytearray(content), np.random.default_rng(trial)
-        at = int(rng.integers(len(content) * 0.3, len(content) * 0.8))
-        damaged[at:at + 1000] = rng.bytes(1000)
-        path.write_bytes(damaged)
-        got = [None] * len(truth)                # of every clip: None, or whether it is right
+        noise = np.random.default_rng(trial)
+        at = int(noise.integers(len(content) * 0.3, len(content) * 0.8))
+        path.write_bytes(content[:at] + noise.bytes(1000) + content[at + 1000:])
+        right = {}                               # number of a clip -> whether it is right, if it is read
         for i, clip in enumerate(truth):
             with suppress(data.VideoError):
-                got[i] = torch.equal(data.read_clip(path, 3, 1, 3 * i, size=32), clip)
-        wrong += False in got
-        early += None in got[4:] and all(got[:4])                    # what lies before the damage
-    assert wrong <= 1
-    assert early >= 7, early
+                right[i] = torch.equal(data.read_clip(path, 3, 1, 3 * i, size=32), clip)
+        assert all(map(right.get, range(4)))     # these lie before the damage
+        found.append(len(right) < len(truth) and all(right.values()))
+    assert sum(found) >= 7
 
-    # What makes it quick: nothing is decoded but what leads to a frame from a keyframe on.
-    damaged = bytearray(video_file("opengop.ts").read_bytes())
-    damaged[8000:8400] = b"\xff" * 400
-    path.write_bytes(damaged)
-    assert video_whole(path, 3, 1, 30) == [30, 31, 32]
+
+def test_damage_before_the_nearest_keyframe_does_no_harm(video_file, tmp_path):
+    """Decoding starts at the last keyframe before the clip, which is also what makes it quick."""
+    content = bytearray(video_file("flat.mp4").read_bytes())
+    content[8000:8400] = b"\xff" * 400           # in the first fifth of the file
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(content)
+    assert read_numbers(path, 3, 1, 30) == [30, 31, 32]
     with pytest.raises(data.VideoError):
         data.read_clip(path, 16, 1, 0)
 
 
-def test_noise_anywhere_in_a_file_raises_nothing_else(video_file, tmp_path):
+def test_noise_in_a_file_raises_only_video_errors(video_file, tmp_path):
     good = 0
     for i, name in enumerate(10 * list(VIDEO_FORMATS)):
-        content, rng = bytearray(video_file(name).read_bytes()), np.random.default_rng(i)
-        at, length = rng.integers(len(content) if i % 3 else 4000), rng.choice([1, 4, 200])
-        content[at:at + length] = rng.bytes(length + i % 2)
+        content = bytearray(video_file(name).read_bytes())
+        noise = np.random.default_rng(i)
+        at = noise.integers(len(content) if i % 3 else 4000)         # every third time near the start
+        length = noise.choice([1, 4, 200])
+        content[at:at + length] = noise.bytes(length + i % 2)  # every second time it is a byte longer
         (tmp_path / name).write_bytes(content)
         with suppress(data.VideoError):
-            good += len(data.read_clip(tmp_path / name, 4, 4, 20, size=32))
-    assert 80 < good < 400, good
+            data.read_clip(tmp_path / name, 4, 4, 20, size=32)
+            good += 1
+    assert 20 < good < 100                       # of 150: some noise does harm, some does not
 
+
+# ============ data.py: folders, lists, clips ============
 
 def video_found(source, **kwargs):
+    """What find_videos says of a folder or list: names, labels and classes."""
     videos = data.find_videos(source, **kwargs)
     return [videos.name(i) for i in range(len(videos))], videos.labels.tolist(), videos.classes
 
 
-def test_folders(tmp_path):
-    for name in ("dog/b.mp4", "cat/deep/a.MKV", "cat/ä ö.webm", "cat/a.txt", "cat/.a.mp4", ".x/x.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+def make_empty_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_folders_become_classes(tmp_path):
+    make_empty_files(tmp_path, "dog/b.mp4", "cat/deep/a.MKV", "cat/ä ö.webm", "cat/a.txt", "cat/.a.mp4",
+                     ".x/x.mp4")
     for name in ("empty", "dog/dir.mp4", "nothing"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "cat/deep")
@@ -1162,43 +1229,46 @@ def test_folders(tmp_path):
     assert video_found(tmp_path, classes=["dog", "cat"])[1] == [1, 1, 0]
     with pytest.raises(ValueError, match="dog"):
         video_found(tmp_path, classes=["cat"])
-    (tmp_path / "top.mp4").touch()
+    make_empty_files(tmp_path, "top.mp4")
     assert video_found(tmp_path)[1:] == ([-1] * 4, None)
     for source in ("nothing", "absent", "top.mp4"):
         with pytest.raises(ValueError, match=source):
             video_found(tmp_path / source)
-    for name in ("set/train/a/1.mp4", "set/val/a/2.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
+    make_empty_files(tmp_path, "set/train/a/1.mp4", "set/val/a/2.mp4")
     with pytest.raises(ValueError, match="splits.*set/train"):
         video_found(tmp_path / "set")
 
 
-@parametrize("content, expected", [
+@parametrize("content, expected", [              # -1: no label
     ("a.mp4 0\nb.mp4,1\nc.mp4\t12", {"a.mp4": 0, "b.mp4": 1, "c.mp4": 12}),
     ("my dog, 1.mp4\nb.webm", {"my dog, 1.mp4": -1, "b.webm": -1}),
+    # A mark of UTF-8 at the start and lines that end as in Windows.
     ("\ufeff# comment\r\na.mp4 3\r\n\r\n  b.mp4   4  \r\n#\r\n#b.mp4 4", {"a.mp4": 3, "b.mp4": 4}),
     ("my dog, 1.mp4 7\nä/ö 2.mp4, 8", {"my dog, 1.mp4": 7, "ä/ö 2.mp4": 8}),
     ("a.mp4 +1\nb.mp4 2", {"a.mp4": 1, "b.mp4": 2}), ("b.mp4\nc.mp4 -1", {"b.mp4": -1, "c.mp4": -1}),
+    ("it's.mp4 1\n12 5", {"it's.mp4": 1, "12": 5}),  # quotes mean nothing, and a name can be a number
+    ("/abs/a.mp4 1\ncaf\udce9.mp4 2", {"/abs/a.mp4": 1, "caf\udce9.mp4": 2}),  # Latin-1, no UTF-8
+])
+def test_a_list_gives_names_and_labels(tmp_path, content, expected):
+    path = tmp_path / "list.txt"
+    path.write_bytes(os.fsencode(content))
+    assert video_found(path) == (list(expected), list(expected.values()), None)
+    assert data.find_videos(path).path(0) == os.path.join(tmp_path, list(expected)[0])
+
+
+@parametrize("content, message", [
     ("# x\npath,label\na.mp4,1", "line 2 .*label.*line 3.*header"), ("a.mp4 1\nb.mp4 2.0", "line 2 .*line 1"),
-    ("it's.mp4 1\n12 5", {"it's.mp4": 1, "12": 5}),
-    (b"/abs/a.mp4 1\ncaf\xe9.mp4 2", {"/abs/a.mp4": 1, os.fsdecode(b"caf\xe9.mp4"): 2}),
     ("a.mp4 1\n\na.mp4 2", "line 3: .*label"), ("\0\1\2 binary", "line 1: .*no text"),
     ("# a\n\n", "no videos"),
 ])
-def test_list_files(tmp_path, content, expected):
-    path = tmp_path / "list.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=rf"list\.txt.*{expected}[^\n]*$"):
-            data.find_videos(path)
-    else:
-        assert video_found(path) == (list(expected), list(expected.values()), None)
-        assert data.find_videos(path).path(0) == os.path.join(tmp_path, list(expected)[0])
+def test_a_wrong_list_is_refused_by_its_line(tmp_path, content, message):
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ValueError, match=rf"list\.txt.*{message}[^\n]*$"):
+        data.find_videos(tmp_path / "list.txt")
 
 
 def test_a_list_keeps_its_lines(tmp_path):
-    """One that repeats is one more video; a name may begin with #, as some of HMDB51's do."""
+    """Repeated lines are kept; a # line is a video if such a file exists (HMDB51 has some)."""
     (tmp_path / "#20_clap.avi").touch()
     (tmp_path / "list.txt").write_text("#20_clap.avi 1\n#21_clap.avi 1\na.mp4 0\na.mp4 0\n# a.mp4 0\n")
     assert video_found(tmp_path / "list.txt")[:2] == (["#20_clap.avi", "a.mp4", "a.mp4"], [1, 0, 0])
@@ -1206,18 +1276,23 @@ def test_a_list_keeps_its_lines(tmp_path):
 
 @pytest.fixture(scope="session")
 def video_set(tmp_path_factory):
-    """Two classes of three videos, one of the six unreadable."""
-    root, pictures = tmp_path_factory.mktemp("dataset"), [video_paint(n) for n in range(30)]
-    for i in range(6):
-        video_write(root / ("left" if i < 3 else "right") / f"{i} ü.mp4", "mpeg4", pictures)
+    """A folder with two classes of three videos; the fifth of the six is unreadable."""
+    root = tmp_path_factory.mktemp("dataset")
+    pictures = [video_paint(n) for n in range(30)]
+    for name in ("left/0", "left/1", "left/2", "right/3", "right/5"):
+        video_write(root / f"{name} ü.mp4", "mpeg4", pictures)
     (root / "right/4 ü.mp4").write_bytes(b"no video at all")
     return root
 
 
+def small_clips(source, **settings):
+    """Clips of 4 frames, every second one, and 32 x 32 pixels."""
+    return data.Clips(data.find_videos(source), 4, 2, 32, **settings)
+
+
 def video_take(source, workers=0, seed=1, start=0, stop=4):
-    """Batches of two videos, two clips of each."""
-    clips = data.Clips(data.find_videos(source), 4, 2, 32, seed=seed, repeats=2,
-                       mask=partial(torch.rand, 2, 6))
+    """Batches `start` to before `stop`, each of two videos and two clips of each."""
+    clips = small_clips(source, seed=seed, repeats=2, mask=partial(torch.rand, 2, 6))
     sampler = data.EpochSampler(len(clips), 4, seed=seed, repeats=2, start=start, stop=stop)
     return list(data.load(clips, sampler, workers=workers))
 
@@ -1235,74 +1310,86 @@ def test_clips_are_a_function_of_seed_epoch_and_index(video_set):
         assert list(map(video_same, reference[first:], others)) == [True] * 4
     assert not any(map(video_same, reference, video_take(video_set, seed=2)))
     clips = torch.cat([batch["video"].flatten(1) for batch in reference])
-    assert len(clips.unique(dim=0)) > 40                                             # of 48: epochs differ
-    # Unreadable videos are replaced and named.
-    bad, videos = [entry for batch in reference for entry in batch["bad"]], data.find_videos(video_set)
+    assert len(clips.unique(dim=0)) > 40         # of 48 in four epochs; few agree by chance
+
+
+def test_unreadable_videos_are_named_and_replaced(video_set):
+    videos, batches = data.find_videos(video_set), video_take(video_set, stop=12)
+    bad = [entry for batch in batches for entry in batch["bad"]]
     assert {path for path, _ in bad} == {videos.path(4)}
-    index, label = [torch.cat([batch[key] for batch in reference]) for key in ("index", "label")]
-    assert 4 not in index
-    assert torch.equal(label, videos.labels[index])
-    assert clips.float().std(1).min() > 1
-    # Who knows already that it is unreadable makes the same of it, as a run that goes on must.
-    fresh, knows = data.Clips(videos, 4, 2, 32), data.Clips(videos, 4, 2, 32)
-    knows.bad = {4: bad[0][1]}
+    for batch in batches:
+        assert 4 not in batch["index"]
+        assert torch.equal(batch["label"], videos.labels[batch["index"]])
+        assert batch["video"].float().flatten(1).std(1).min() > 1    # no clip is blank
+    # A resumed run, which knows the bad file, draws the same clips.
+    fresh, resumed = small_clips(video_set), small_clips(video_set)
+    resumed.bad = {4: bad[0][1]}
     for key in product(range(4), range(6)):
-        assert video_same(*[data.collate([clips[key]]) for clips in (fresh, knows)])
+        assert video_same(data.collate([fresh[key]]), data.collate([resumed[key]]))
+
+
+def test_an_index_beyond_the_videos_is_another_clip_of_one(video_set):
+    clips = small_clips(video_set)
+    first, second = clips[0, 1], clips[0, np.int64(7)]               # of 6 videos
+    assert first["index"] == second["index"] == 1
+    assert not torch.equal(first["video"], second["video"])
+    assert torch.equal(second["video"], clips[0, 7]["video"])        # whose integer it is plays no part
 
 
 def test_evaluation_is_fixed_and_keeps_shapes(video_set):
-    videos = data.find_videos(video_set)
-    clips, other = [data.Clips(videos, 4, 2, 32, seed=seed, train=False) for seed in (1, 2)]
+    clips, other = [small_clips(video_set, seed=seed, train=False) for seed in (1, 2)]
     for index in (1, 4):
-        a, b = clips[0, index], other[7, index]
-        assert torch.equal(a["video"], b["video"])
-        assert a["video"].shape == (1, 3, 4, 32, 32)
-    assert a["index"] == a["label"] == -1
-    assert len(a["bad"]) == 1
-    assert not a["video"].any()
-    assert clips[0, 5]["index"] == 5
-    assert clips[0, 5]["label"] == 1
-    several = data.Clips(videos, 4, 2, 32, train=False, views=(3, 3))[0, 1]["video"]
-    for view, (start, x) in enumerate((s, x) for s in (0, 12, 23) for x in (0, 16, 32)):
-        clip = data.read_clip(videos.path(1), 4, 2, start, (x, 0, H, H), 32)
-        assert torch.equal(several[view].transpose(0, 1), clip), view
-    assert len(several) == 9
-    assert torch.equal(several[4], clips[0, 1]["video"][0])  # one alone: the middle
-    train = data.Clips(videos, 4, 2, 32)
-    assert torch.equal(train[np.int64(3), np.int64(2)]["video"], train[3, 2]["video"])
+        assert torch.equal(clips[0, index]["video"], other[7, index]["video"])
+    broken = clips[0, 4]
+    assert broken["video"].shape == (1, 3, 4, 32, 32)
+    assert not broken["video"].any()
+    assert broken["index"] == broken["label"] == -1
+    assert len(broken["bad"]) == 1
+    readable = clips[0, 5]
+    assert readable["index"] == 5
+    assert readable["label"] == 1
 
 
-def test_the_sampler_covers_each_epoch_once_over_the_ranks(video_set):
-    batches = [list(data.EpochSampler(23, 2, rank, 2, seed=3, stop=10)) for rank in range(2)]
+def test_views_of_an_evaluation_are_spread_over_time_and_place(video_set):
+    several = small_clips(video_set, train=False, views=(3, 3))[0, 1]["video"]
+    alone = small_clips(video_set, train=False)[0, 1]["video"]
+    # First, middle and last: of 30 frames a clip takes 7, of a width of 128 a crop takes 96.
+    for view, (start, x) in zip(several, product((0, 12, 23), (0, 16, 32)), strict=True):
+        clip = data.read_clip(video_set / "left/1 ü.mp4", 4, 2, start, (x, 0, H, H), 32)
+        assert torch.equal(view.transpose(0, 1), clip)
+    assert torch.equal(alone[0], several[4])
+
+
+def test_the_sampler_covers_each_epoch_once_over_the_ranks():
+    batches = [list(data.EpochSampler(23, 2, rank=rank, world=2, seed=3, stop=10)) for rank in range(2)]
     one = list(data.EpochSampler(23, 4, seed=3, stop=10))
     for epoch in range(2):                       # of five steps
         seen = sum(one[epoch * 5:(epoch + 1) * 5], [])
         assert {e for e, _ in seen} == {epoch}
         assert len({i for _, i in seen}) == 20
     assert [a + b for a, b in zip(*batches)] == one
-    assert one[0] != one[5]
+    assert one[0] != one[5]                      # epochs differ in their order
     assert list(data.EpochSampler(23, 4, seed=3, start=7, stop=10)) == one[7:]
     assert list(data.EpochSampler(23, 8, repeats=2, seed=3, stop=2))[1] == one[1]
     assert data.EpochSampler(23, 4, accumulate=2).steps_per_epoch == 4
-    for batch in data.EpochSampler(3, 8, seed=0, stop=2):  # few videos fill a batch by other draws
+    for batch in data.EpochSampler(3, 8, seed=0, stop=2):            # more clips of each fill the batch
         assert len(set(batch)) == 8
         assert {i % 3 for _, i in batch} == {0, 1, 2}
-    clips = data.Clips(data.find_videos(video_set), 4, 2, 32)
-    a, b = clips[0, 1], clips[0, 1 + 6]
-    assert a["index"] == b["index"] == 1
-    assert not torch.equal(a["video"], b["video"])
 
 
-def test_frame_numbers():
+def test_frame_numbers_at_a_stride_start_anywhere_in_the_video():
     assert data.frame_numbers(100, 4, 10, 0.5) == [35, 45, 55, 65]
     places = torch.rand(4000, generator=data.seeded(0))
     drawn = [data.frame_numbers(100, 4, 10, place)[0] for place in [0, 1, *places.tolist()]]
     assert drawn[:2] == [0, 69]
     assert set(drawn) == set(range(70))
     assert abs(np.mean(drawn) - 34.5) < 1.5
-    assert data.frame_numbers(10, 4, 10, 0.9)[0] == 0  # too short: from 0 on
-    assert data.frame_numbers(160, 16, 0) == list(range(5, 160, 10))  # middles of sixteen parts
-    jitter = data.frame_numbers(160, 16, 0, places[:16])
+    assert data.frame_numbers(10, 4, 10, 0.9)[0] == 0  # a short video starts at 0
+
+
+def test_frame_numbers_at_stride_0_are_one_of_each_part():
+    assert data.frame_numbers(160, 16, 0) == list(range(5, 160, 10))  # the middles of sixteen parts
+    jitter = data.frame_numbers(160, 16, 0, torch.rand(16, generator=data.seeded(0)))
     assert [n // 10 for n in jitter] == list(range(16))
     assert len({n % 10 for n in jitter}) > 4
     assert data.frame_numbers(4, 8, 0) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -1310,11 +1397,12 @@ def test_frame_numbers():
 
 def test_crops_are_the_recipes():
     crops = {data.draw_multi_scale(data.seeded(i))(340, 256) for i in range(2000)}
-    sides = (256, 224, 192, 168)
+    sides = (256, 224, 192, 168)                 # shares of the short side: 1, 0.875, 0.75, 0.66
     shapes = {(a, b) for a in sides for b in sides if abs(a - b) <= 32}                # equal, or neighbours
     places = {(29 * a, 8 * b) for a in range(5) for b in range(5) if a % 2 == b % 2}  # of 224 x 224
     assert {(w, h) for _, _, w, h in crops} == shapes
     assert {(x, y) for x, y, w, h in crops if w == h == 224} == places
+    # 8 to 100% of the area, aspect 3/4 to 4/3, anywhere.
     x, y, w, h = np.array([data.draw_resized(data.seeded(i))(340, 256) for i in range(1000)]).T
     area, aspect = w * h / (340 * 256), np.log(w / h) / np.log(4 / 3)
     assert 0.07 < area.min() < 0.1
@@ -1325,16 +1413,19 @@ def test_crops_are_the_recipes():
     assert x.min() == y.min() == 0
     assert (x + w).max() > 335
     assert (y + h).max() > 250
-    for width, height in ((340, 256), (16, 1), (1, 16), (3, 3), (4000, 31), (31, 4000)):
-        for draw in (data.draw_multi_scale, data.draw_resized):
-            for x, y, w, h in [draw(data.seeded(i))(width, height) for i in range(60)]:
-                assert 0 <= x < x + w <= width
-                assert 0 <= y < y + h <= height
+
+
+@parametrize("draw", [data.draw_multi_scale, data.draw_resized])
+@parametrize("width, height", [(340, 256), (16, 1), (1, 16), (3, 3), (4000, 31), (31, 4000)])
+def test_crops_of_odd_pictures_lie_inside(draw, width, height):
+    for i in range(60):
+        x, y, w, h = draw(data.seeded(i))(width, height)
+        assert 0 <= x < x + w <= width
+        assert 0 <= y < y + h <= height
 
 
 def davis_frame(root, name, t, picture, mask):
-    """Writes a frame of a video of this name and its mask, as DAVIS's folders hold them -> the frame's
-    path."""
+    """Writes frame t of a video and its mask into folders like DAVIS's -> the path of the frame."""
     paths = root / "JPEGImages/480p" / name / f"{t:05}.jpg", root / "Annotations/480p" / name / f"{t:05}.png"
     for path, image in zip(paths, (picture, mask)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1343,13 +1434,14 @@ def davis_frame(root, name, t, picture, mask):
 
 
 def test_masks_of_both_davis_and_what_cannot_be_read(tmp_path):
-    """A number is an object in 2017's masks, where 255 does not count; 2016's have 0 and 255, the object."""
+    """DAVIS 2017 numbers its objects, 255 is ignored; in DAVIS 2016 255 is the object."""
+    # "border" is "binary" with a row of 1 in a frame outside of the clip: so it is 2017. The last two fail.
     expected = {"alpha": [0, 1], "binary": [0, 1], "border": [-1, 0], "coloured": [-1], "torn": [-1]}
     for name, t in product(expected, range(3)):
         numbers = np.zeros((20, 30), np.uint8)
         numbers[5:10] = 255
         if name == "border" and t == 0:
-            numbers[12] = 1                      # not in the frames of the clip, which are the last two
+            numbers[12] = 1                      # the clip has frames 1 and 2
         image = Image.fromarray(RAMP if name == "coloured" else numbers)
         if name == "alpha":
             image = image.convert("LA")
@@ -1360,7 +1452,7 @@ def test_masks_of_both_davis_and_what_cannot_be_read(tmp_path):
         shutil.copytree(tmp_path / kind / "480p", tmp_path / kind / "Full-Resolution")
     scenes = data.Scenes(tmp_path, frames=2, size=32)
     items = list(data.load(scenes, [[(0, i)] for i in range(len(scenes))]))
-    assert [item["truth"].unique().tolist() for item in items] == list(expected.values())   # of 480p alone
+    assert [item["truth"].unique().tolist() for item in items] == list(expected.values())   # 480p is taken
     assert [item["index"].item() for item in items] == [0, 1, 2, -1, -1]
     assert [Path(path).name for item in items for path, _ in item["bad"]] == ["coloured", "torn"]
 
@@ -1374,11 +1466,12 @@ def test_normalize():
 
 # ============ data.py: workers ============
 
-FORKED = multiprocessing.get_context(data.START_METHOD)  # a start takes a tenth of a second
+FORKED = multiprocessing.get_context(data.START_METHOD)  # from the fork server a start takes 0.1 s
 
 
-class VideoDeeds(torch.utils.data.Dataset):
-    """Numbers; reading some of them does something to its worker, or with the batch: {number: deed}."""
+class Misbehaving(torch.utils.data.Dataset):
+    """Data set of the numbers 0, 1, ...; {number: deed} says how reading one of them misbehaves. Reading may
+    take 0.5 s, and twice that when it is tried again; in these tests the loader looks every 0.25 s."""
     def __init__(self, deeds):
         self.deeds = deeds
         self.bad = {}
@@ -1387,33 +1480,38 @@ class VideoDeeds(torch.utils.data.Dataset):
         number = key[1]
         deed = self.deeds.get(number)
         try:
-            with data.announced(self, number, limit=0.5):
-                self.do(deed)
+            with data.announced(self, number, limit=0.5):  # in here it counts as reading
+                self.read(deed)
         except data.VideoError as error:
             return f"{number}: {error}"
         if deed == "bug":
             raise OSError("a bug of\nthe user's")
         if deed == "think":                      # slow, but not at reading
-            time.sleep(2.5)
+            time.sleep(1)
         if deed == "unsendable":
             return lambda: None
         return number
 
-    def do(self, deed):
+    def read(self, deed):
         if deed == "hang":
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             time.sleep(1000)
-        elif deed == "slow":                     # takes longer than is allowed at first
+        elif deed == "slow":
             time.sleep(0.75)
-        elif deed == "exit":                     # as where the program starts itself again
+        elif deed == "exit":                     # as a worker that cannot even start
             os._exit(1)
         elif deed in ("SIGSEGV", "SIGKILL"):
             os.kill(os.getpid(), getattr(signal, deed))
 
 
-def test_videos_that_take_their_workers_along_are_left_out(monkeypatch):
+@pytest.fixture
+def watchful(monkeypatch):
+    """The loader looks after its workers more often."""
     monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
-    dataset, sampler = VideoDeeds({2: "SIGSEGV", 5: "hang"}), data.EpochSampler(8, 2, stop=4)
+
+
+def test_videos_that_take_their_workers_along_are_left_out(watchful):
+    dataset, sampler = Misbehaving({2: "SIGSEGV", 5: "hang"}), data.EpochSampler(8, 2, stop=4)
     order = [[number for _, number in batch] for batch in sampler]
     batches = list(data.load(dataset, sampler, workers=2, collate=list, prefetch=1))
     assert len(dataset.bad) == 2
@@ -1423,48 +1521,54 @@ def test_videos_that_take_their_workers_along_are_left_out(monkeypatch):
     assert batches == [[bad.get(n, n) for n in batch] for batch in order]
 
 
-def video_deeds(deeds):
-    """The items of a data set of three, made one by one by a worker, and what it was given up for."""
-    dataset = VideoDeeds(deeds)
+def load_three(deeds):
+    """The items of a data set of three, which a worker makes one by one, and its unreadable numbers."""
+    dataset = Misbehaving(deeds)
     return list(data.load(dataset, [[(0, n)] for n in range(3)], 1, collate=list)), dataset.bad
 
 
-def test_slow_is_not_hung(monkeypatch):
-    monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
-    assert video_deeds({1: "slow"}) == ([[0], [1], [2]], {})
-    monkeypatch.setattr(data, "IDLE_SECONDS", 1.5)  # from here on workers are quick to start
-    assert video_deeds({2: "think"}) == ([[0], [1], [2]], {})
+def test_slow_is_not_hung(watchful, monkeypatch):
+    assert load_three({1: "slow"}) == ([[0], [1], [2]], {})
+    batches = data.load(Misbehaving({2: "think"}), [[(0, 1)], [(0, 2)]], 1, collate=list)
+    assert next(batches) == [1]                  # its worker has started
+    monkeypatch.setattr(data, "IDLE_SECONDS", 0.5)
+    assert next(batches) == [2]
 
 
-@parametrize("deeds, message", [
-    ({2: "SIGKILL"}, "code -9.*memory"), ({2: "exit"}, "code 1.*__main__"), ({2: "unsendable"}, "no batch"),
-    ({0: "SIGSEGV", 1: "SIGSEGV"}, "2 times in a row"), ({}, "try again: Caught why"),
+@parametrize("deeds, idle, message", [
+    ({2: "SIGKILL"}, 60, "code -9.*memory"), ({2: "exit"}, 60, "code 1.*__main__"),
+    ({2: "unsendable"}, 1, "no batch"), ({0: "SIGSEGV", 1: "SIGSEGV"}, 60, "2 times in a row"),
 ])
-def test_what_no_video_is_to_blame_for_ends_in_one_line(deeds, message, monkeypatch):
-    if not deeds:  # as where a signal has ended the fork server, too
-        ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError("Caught\nwhy\n")})
-        monkeypatch.setattr(data, "DataLoader", ended)
-    monkeypatch.setattr(data, "WATCH_SECONDS", 0.25)
-    monkeypatch.setattr(data, "IDLE_SECONDS", 1 if message == "no batch" else 60)
+def test_worker_errors_that_no_video_causes_are_one_line(deeds, idle, message, watchful, monkeypatch):
+    monkeypatch.setattr(data, "IDLE_SECONDS", idle)
     monkeypatch.setattr(data, "ATTEMPTS", 2)
-    with pytest.raises(data.WorkerError, match=message) as error:
-        list(data.load(VideoDeeds(deeds), data.EpochSampler(3, 3, stop=9), workers=1, collate=list))
-    assert "\n" not in str(error.value)
+    with pytest.raises(data.WorkerError, match=rf"^[^\n]*{message}[^\n]*$"):
+        list(data.load(Misbehaving(deeds), [[(0, 0), (0, 1), (0, 2)]], 1, collate=list))
+
+
+def test_a_lost_fork_server_is_one_line(watchful, monkeypatch):
+    """A signal to all processes may have ended it. The DataLoader then raises this when it starts workers."""
+    ended = mock.MagicMock(**{"return_value.__iter__.side_effect": EOFError("Caught\nwhy\n")})
+    monkeypatch.setattr(data, "DataLoader", ended)
+    with pytest.raises(data.WorkerError, match="^workers are lost, try again: Caught why$"):
+        load_three({})
 
 
 def test_an_error_of_the_users_own_stays_itself():
     with pytest.raises(OSError, match="line .*in __getitem__(.|\n)*a bug of"):
-        video_deeds({1: "bug"})
+        load_three({1: "bug"})
 
 
-def video_training(source, pipe):
-    """Trains until it is killed; sends its workers' numbers at every step."""
-    clips = data.Clips(data.find_videos(source), 4, 2, 32)
-    for _ in data.load(clips, data.EpochSampler(len(clips), 2), workers=2):
-        pipe.send([worker.pid for worker in multiprocessing.active_children()])
+def train_on(source, pipe):
+    """Reads batches until it is killed, and sends its workers' numbers at each."""
+    multiprocessing.set_forkserver_preload(["data"])  # without torchvision, whose import takes long
+    clips = small_clips(source)
+    with mock.patch.object(data, "preload_workers"):
+        for _ in data.load(clips, data.EpochSampler(len(clips), 2), workers=2):
+            pipe.send([worker.pid for worker in multiprocessing.active_children()])
 
 
-def video_alive(pid):
+def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except OSError:
@@ -1472,25 +1576,27 @@ def video_alive(pid):
 
 
 def test_workers_end_with_the_training_process(video_set):
-    """And not at a Ctrl-C, which goes to them, too: the training process decides what it means."""
+    """Workers ignore a Ctrl-C, which reaches them, too: the training process decides what it means."""
     here, there = multiprocessing.Pipe()
-    process = FORKED.Process(target=video_training, args=(video_set, there))
+    process = FORKED.Process(target=train_on, args=(video_set, there))
     process.start()
-    STARTED.append(process)
-    assert here.poll(60)
-    workers = here.recv()
-    assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker, signal.SIGINT)
-    time.sleep(0.5)
-    assert all(map(video_alive, workers))
-    process.kill()
+    try:
+        assert here.poll(60)
+        workers = here.recv()
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)
+        assert all(map(alive, workers))
+    finally:
+        process.kill()
     deadline = time.monotonic() + 20
-    while any(map(video_alive, workers)) and time.monotonic() < deadline:
+    while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(video_alive, workers))
+    assert not any(map(alive, workers))
 
 
+# A program for test_it_works_where_only_spawn_starts_processes, below. It takes away what only Unix has.
 SPAWN_ONLY = """
 import ctypes
 import multiprocessing
@@ -1502,7 +1608,7 @@ import torch.optim  # whatever PyTorch itself wants of a Unix it finds before th
 
 
 def library(name, *more, real=ctypes.CDLL, **options):
-    return real(name, *more, **options) if name else len(name)  # a TypeError, as Windows raises
+    return real(name, *more, **options) if name else len(name)  # len(None) is a TypeError, as on Windows
 
 
 for name in "fork forkpty sched_getaffinity mkfifo setsid killpg".split():
@@ -1524,8 +1630,8 @@ if __name__ == "__main__":
 # ============ data.py: prepare, demo, command line ============
 
 @pytest.fixture
-def video_command(monkeypatch, capfd):
-    """video_command("prepare", ...) -> what data.py exits with (code, or text for code 1), output, errors."""
+def data_main(monkeypatch, capfd):
+    """data_main("prepare", ...) -> exit code (or a text, which is code 1), standard output, and error."""
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
         code = 0
@@ -1539,90 +1645,94 @@ def video_command(monkeypatch, capfd):
     return run
 
 
-def test_prepare_keeps_a_folder_and_names_what_it_leaves_out(video_set, video_file, tmp_path, video_command):
-    """Unreadable, cut off or of a name that is too long. Run again, it makes what is missing."""
+def test_prepare_keeps_a_folder_and_names_what_it_leaves_out(video_set, video_file, tmp_path, data_main):
+    """Left out are an unreadable, a cut and a too long named video. Run again, it makes what is missing."""
     source, target = tmp_path / "old", tmp_path / "new"
     shutil.copytree(video_set, source)
-    (source / "empty").mkdir()                   # a class all the same
+    (source / "empty").mkdir()                   # is a class all the same
     shutil.copy(video_file("opengop.ts"), source / "left" / ("a" * 252 + ".ts"))
     content = video_file("flat.mp4").read_bytes()
     (source / "right/cut.mp4").write_bytes(content[:len(content) * 2 // 3])
-    other = target / "left/0 ü.part"
-    other.parent.mkdir(parents=True)
-    other.write_bytes(b"another machine is at it")
-    code, _, errors = video_command("prepare", source, target, "--gop", 8, "--workers", 2)
+    part = target / "left/0 ü.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"another machine is at it")
+    code, _, errors = data_main("prepare", source, target, "--gop", 8, "--workers", 2)
     assert "3 unreadable" in code
-    assert "%" not in errors                     # no terminal, no bar
+    assert "%" not in errors                     # where there is no terminal, there is no progress bar
     lost = (target / "unreadable.txt").read_text().splitlines()
     for line, words in zip(lost, ("File name too long", "4 ü.mp4: ", "cut.mp4: "), strict=True):
         assert words in line
-    assert list(target.rglob("*.part")) == [other]
+    assert list(target.rglob("*.part")) == [part]
     names = ["left/0 ü.mp4", "left/1 ü.mp4", "left/2 ü.mp4", "right/3 ü.mp4", "right/5 ü.mp4"]
     assert video_found(target) == (names, [1, 1, 1, 2, 2], ["empty", "left", "right"])
-    assert video_whole(target / names[3], 10, 3, 0) == list(range(0, 30, 3))
+    assert read_numbers(target / names[3], 10, 3, 0) == list(range(0, 30, 3))
     with av.open(target / names[3]) as file:
-        keys = [i for i, packet in enumerate(p for p in file.demux(video=0) if p.size) if packet.is_keyframe]
-    assert np.diff(keys).max() == 8
-    before = {name: os.stat(target / name).st_mtime_ns for name in names}
+        keys = [packet.is_keyframe for packet in file.demux(video=0) if packet.size]
+    assert np.diff(np.flatnonzero(keys)).max() == 8
+    made = {name: os.stat(target / name).st_mtime_ns for name in names}
     os.remove(target / names[0])
-    video_command("prepare", source, target, "--workers", 1)
-    assert [name for name in names if os.stat(target / name).st_mtime_ns != before[name]] == names[:1]
-    other = tmp_path / "other"
-    for wrong in ((source, source / "inside"), (tmp_path / "absent", other), (source, other, "--gop", 0)):
-        code, _, errors = video_command("prepare", *wrong)
+    data_main("prepare", source, target, "--workers", 1)
+    assert [name for name in names if os.stat(target / name).st_mtime_ns != made[name]] == names[:1]
+
+
+def test_prepare_refuses_what_makes_no_sense(tmp_path, data_main):
+    old, new = tmp_path / "old", tmp_path / "new"
+    make_empty_files(tmp_path, "old/a.mp4")
+    for arguments in ((old, old / "inside"), (tmp_path / "absent", new), (old, new, "--gop", 0)):
+        code, _, errors = data_main("prepare", *arguments)
         assert code == 2
         assert "data.py: error: " in errors
 
 
-def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file, tmp_path, video_command):
+def test_prepare_keeps_a_lists_labels_and_times_and_leaves_damage_out(video_file, tmp_path, data_main):
     content = bytearray(video_file("hevc.mov").read_bytes())
     at = content.index(b"mdat") + 15000
     content[at:at + 500] = b"\xff" * 500
     (tmp_path / "damaged.mov").write_bytes(content)
-    video_turned(tmp_path / "vfr.mp4", "90")
+    video_turned(tmp_path / "vfr.mp4", "90")     # vfr.mkv would become an .mp4 of the same name
     for name in ("vfr.mkv", "h264.avi"):
         (tmp_path / name).symlink_to(video_file(name))
     sources = [tmp_path / name for name in ("vfr.mkv", "h264.avi", "vfr.mp4", "damaged.mov")]
-    (tmp_path / "train.csv").write_text("".join(f"{path},{i}\n" for i, path in enumerate(sources)))
-    new, flags = tmp_path / "new", ("--short-side", 64, "--workers", 1)
-    assert "1 unreadable" in video_command("prepare", tmp_path / "train.csv", new, *flags)[0]
-    videos = data.find_videos(new / "train.csv")
-    assert videos.labels.tolist() == [0, 1, 2]
-    assert len(list(new.rglob("*.m*"))) == 3  # no name twice
+    path, target = tmp_path / "lists/train.csv", tmp_path / "new"
+    path.parent.mkdir()
+    path.write_text("".join(f"../{source.name},{i}\n" for i, source in enumerate(sources)) + "../vfr.mkv 0\n")
+    assert "1 unreadable" in data_main("prepare", path, target, "--short-side", 64, "--workers", 1)[0]
+    videos = data.find_videos(target / "train.csv")
+    assert videos.labels.tolist() == [0, 1, 2, 0]  # a line that repeats is kept
+    assert len(list(target.rglob("*.m*"))) == 3
     for i, source in enumerate(sources[:3]):
         old, new = video_decode(source), video_decode(videos.path(i))
         assert len(old) == len(new)
         assert min(new[0].width, new[0].height) == 64
         a, b = [data.read_clip(path, 3, 1, 1, size=64).float() for path in (source, videos.path(i))]
         assert (a - b).abs().mean() < 12
-        assert i or np.allclose([frame.time for frame in old], [frame.time for frame in new], atol=1e-3)
-    assert new[0].width > new[0].height
-    path = tmp_path / "new/here.csv"         # the new videos would be the old ones
-    path.write_text("../vfr.mp4 3\n../vfr.mp4 3\n")
-    assert "must lie outside" in video_command("prepare", path, tmp_path)[2]
-    video_command("prepare", path, tmp_path / "again", *flags)
-    assert (tmp_path / "again/here.csv").read_text() == "vfr.mp4 3\nvfr.mp4 3\n"
+        if source.suffix == ".mkv":              # its frames come at uneven times
+            assert np.allclose([frame.time for frame in old], [frame.time for frame in new], atol=1e-3)
+        if source.suffix == ".mp4":              # it is turned: as decoded it is higher than wide
+            assert new[0].width > new[0].height
+    assert "must lie outside" in data_main("prepare", path, tmp_path)[2]  # it would write over vfr.mp4
 
 
 def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
-    """Also where two fill a folder at once, in which a first one was stopped at its first mask."""
+    """Two at once fill folder a, in which an earlier one was stopped at its first mask."""
     monkeypatch.setattr(data, "DEMO_TRAIN", 1)
     monkeypatch.setattr(data, "DEMO_VAL", 1)
+    monkeypatch.setattr(data, "DEMO_TEXTURES", ("dots",))  # four classes stand for all
     with mock.patch.object(Image, "fromarray", side_effect=OSError("stopped")), pytest.raises(OSError):
         data.write_demo(tmp_path / "a", 0)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(data.write_demo, [tmp_path / name for name in "aabc"], [0, 0, 0, 1]))
+        list(pool.map(data.write_demo, map(tmp_path.joinpath, "aabc"), [0, 0, 0, 1]))
     a, b, c = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.[jmp]*")}
-               for root in (tmp_path / "a", tmp_path / "b", tmp_path / "c")]
-    assert len(a) == 2 * 16 + 16 * 2 * 24
+               for root in map(tmp_path.joinpath, "abc")]
+    assert len(a) == 2 * 4 + 4 * 24 * 2          # train and val; frames and masks
     assert a == b
     assert not any(a[path] == c[path] for path in a if path.suffix == ".mp4")
     with pytest.raises(ValueError, match="not the demo of seed 1"):
         data.write_demo(tmp_path / "a", 1)
-    # Where the mask says object, the picture has a texture; elsewhere it is smoother.
+    # The object has a texture; the background is smoother.
     folder = tmp_path / "a/davis"
-    picture = np.array(Image.open(folder / "JPEGImages/dots-shake-00/00002.jpg")).mean(-1)
-    mask = np.array(Image.open(folder / "Annotations/dots-shake-00/00002.png"))
+    picture = np.array(Image.open(folder / "JPEGImages/dots-back-00/00002.jpg")).mean(-1)
+    mask = np.array(Image.open(folder / "Annotations/dots-back-00/00002.png"))
     steps = np.abs(np.gradient(picture, axis=1))
     assert set(np.unique(mask)) == {0, 1, 2}
     assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
