@@ -224,8 +224,7 @@ def test_losses_and_gradients_of_the_release(target):
     loss, _ = model(*parity_clip())
     expected, norms = RELEASE[target]
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    # These gradients alone take a third less time than all do.
-    gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in norms])
+    gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in norms])  # sooner than all
     for name, gradient in zip(norms, gradients):
         assert gradient.norm().item() == pytest.approx(norms[name], rel=2e-3), name
 
@@ -1304,7 +1303,6 @@ def video_same(a, b):
 def test_clips_are_a_function_of_seed_epoch_and_index(video_set):
     reference = video_take(video_set, stop=12)
     assert reference[0]["video"].shape == (4, 3, 4, 32, 32)
-    assert reference[0]["mask"].shape == (4, 6)
     assert not torch.equal(reference[0]["video"][0], reference[0]["video"][1])       # views differ
     for first, others in ((0, video_take(video_set, workers=2)), (3, video_take(video_set, start=3, stop=7))):
         assert list(map(video_same, reference[first:], others)) == [True] * 4
@@ -1363,12 +1361,14 @@ def test_views_of_an_evaluation_are_spread_over_time_and_place(video_set):
 def test_the_sampler_covers_each_epoch_once_over_the_ranks():
     batches = [list(data.EpochSampler(23, 2, rank=rank, world=2, seed=3, stop=10)) for rank in range(2)]
     one = list(data.EpochSampler(23, 4, seed=3, stop=10))
+    orders = []
     for epoch in range(2):                       # of five steps
-        seen = sum(one[epoch * 5:(epoch + 1) * 5], [])
-        assert {e for e, _ in seen} == {epoch}
-        assert len({i for _, i in seen}) == 20
+        epochs, order = zip(*sum(one[epoch * 5:(epoch + 1) * 5], []))
+        assert set(epochs) == {epoch}
+        assert len(set(order)) == 20
+        orders.append(order)
+    assert orders[0] != orders[1]
     assert [a + b for a, b in zip(*batches)] == one
-    assert one[0] != one[5]                      # epochs differ in their order
     assert list(data.EpochSampler(23, 4, seed=3, start=7, stop=10)) == one[7:]
     assert list(data.EpochSampler(23, 8, repeats=2, seed=3, stop=2))[1] == one[1]
     assert data.EpochSampler(23, 4, accumulate=2).steps_per_epoch == 4
