@@ -526,7 +526,9 @@ def over_processes(args, model):
     if world() == 1:
         return model
     # No device_ids: DDP would move the mask to the GPU, where to index by it would wait for the GPU.
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # they never change
+    return wrapped
 
 
 # ============ pretraining ============
@@ -921,8 +923,7 @@ def video_features(args, process, model, videos, limit=math.inf):
 def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07, leave_one_out=False):
     """Top-1 in percent of DINO's k-nearest-neighbour vote: neighbours weigh exp(cosine similarity / 0.07).
 
-    bank [n, D], queries [q, D]. leave_one_out: the bank is the queries, and each is judged by the others;
-    NaN for a lone one."""
+    bank [n, D], queries [q, D]. leave_one_out: every query is judged by the others; NaN for a lone one."""
     others = len(bank) - int(leave_one_out)
     if others == 0:
         return math.nan
@@ -1529,8 +1530,8 @@ def leave(message, code, alike=False):
         print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is not None:  # torchrun's own report ends with what the first rank to end has in this file
-        told = {"message": line, "extraInfo": {"timestamp": time.time()}}
-        Path(report).write_text(json.dumps({"message": told}))
+        content = {"message": {"message": line, "extraInfo": {"timestamp": time.time()}}}
+        Path(report).write_text(json.dumps(content))
     raise SystemExit(code)
 
 
