@@ -103,7 +103,6 @@ def make_parser():
     add_task("--segment", help="cluster tubes by this checkpoint's features; mIoU on DAVIS's folders")
     add_task("--bench", action="store_true", help="time training steps of these flags; writes nothing")
 
-    # Files
     parser.add_argument("--data", nargs="?", const="demo", default="demo",
                         help="demo; a folder of videos (class folders: labels); a list, path[ label] a line")
     add("--val", str, None, "labelled videos, for k-NN in pretraining, and to test --probe and --finetune")
@@ -118,7 +117,7 @@ def make_parser():
     add("--assignment", ["hard", "soft"], "hard", "Sinkhorn targets: argmax (authors' code) or soft (paper)")
     add("--prototypes", count, 3000, "number of prototypes, K")
     add("--eps", positive, 0.05, "Sinkhorn's ε; the release's 0.03 for SSv2 with ViT-B")
-    add("--mask-ratio", positive, 0.9, "share of hidden tubes (of 2 frames x 16 x 16 pixels)")
+    add("--mask-ratio", positive, 0.9, "share of hidden tubes (a tube: 2 frames x one patch)")
 
     # Clips
     add("--frames", count, 16, "frames in a clip")
@@ -494,7 +493,7 @@ def fit(args, process, model, groups, train_set, notes, objective, evaluate):
         in_a_row = not_finite.item()
         if in_a_row >= (50 if fp16 else 5):  # fp16 first has to halve its scale
             raise Stop(f"{in_a_row} steps in a row are not finite. checkpoint.pt is finite: go on with "
-                       "another --precision or an older checkpoint, or anew with a lower --lr", code=1)
+                       "another --precision, copy an older one over it, or lower --lr (new --out)", code=1)
         bar.update(step - logged_step)
         began = time.monotonic()
         waited = 0.0
@@ -598,14 +597,12 @@ def open_data(args, labels=False):
         val = None
         if args.val is not None:
             val = data.find_videos(args.val, train.classes)  # a class has one number in both
+            if val.labels.min() < 0:
+                raise ValueError("--val has no labels: it needs class folders, or a list with labels")
         if labels and val is None:
             raise ValueError("--val is missing: the labelled videos to test on")
         if labels and train.labels.min() < 0:
             raise ValueError("--data has no labels: it needs class folders, or a list with labels")
-        if val is not None and val.labels.min() < 0:
-            raise ValueError("--val has no labels: it needs class folders, or a list with labels")
-        if labels and val.labels.max() > train.labels.max():
-            raise ValueError("--val has labels that --data lacks")
     say(f"{args.data}: {len(train)} videos")
     return train, val
 
@@ -776,13 +773,14 @@ class Log:
         """Takes the lines before the first one beyond a step. Without any the file gets another name."""
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
         for line in lines:
-            with suppress(ValueError, AttributeError):  # a damaged line stays in the file
+            with suppress(Exception):  # a damaged line stays in the file, and is not read
                 record = json.loads(line)
                 if record.get("step", record.get("at_step", 0)) > step:  # the line of a run has neither
                     break
                 self.records.append(record)
             self.length += len(line) + 1
         if not self.records:
+            self.length = 0
             kept = self.path.with_name(f"log-{int(time.time())}.jsonl")
             say(f"{self.path} is of no use here, and kept as {kept.name}")
             os.replace(self.path, kept)
@@ -923,7 +921,7 @@ def video_features(args, process, model, videos, limit=math.inf):
 def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07, leave_one_out=False):
     """Top-1 in percent of DINO's k-nearest-neighbour vote: neighbours weigh exp(cosine similarity / 0.07).
 
-    bank [n, D], queries [q, D]. leave_one_out: every query is judged by the others; NaN for a lone one."""
+    bank [n, D], queries [q, D]. leave_one_out (bank = queries): judged by the others; NaN for a lone one."""
     others = len(bank) - int(leave_one_out)
     if others == 0:
         return math.nan
@@ -1299,6 +1297,8 @@ def finetune(args, process, weights):
     if names is None:  # of a list, which has numbers alone
         names = [str(number) for number in range(1 + int(train.labels.max()))]
     with agreed():
+        if val.labels.max() >= len(names):
+            raise ValueError("--val has labels that --data lacks")
         torch.manual_seed(args.seed)
         model = Classifier(len(names), args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
@@ -1530,8 +1530,8 @@ def leave(message, code, alike=False):
         print(line, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report is not None:  # torchrun's own report ends with what the first rank to end has in this file
-        content = {"message": {"message": line, "extraInfo": {"timestamp": time.time()}}}
-        Path(report).write_text(json.dumps(content))
+        Path(report).write_text(json.dumps({"message": {"message": line,
+                                                        "extraInfo": {"timestamp": time.time()}}}))
     raise SystemExit(code)
 
 
