@@ -12,8 +12,8 @@ From files to batches, which is also the order of this file:
         video = normalize(batch["video"])                               # [8, 3, 16, 224, 224]
 
 Below a line of === come `prepare`, the demo and the command line. A clip is a function of (seed, epoch,
-index) and of the files. One that cannot be read is named in batch["bad"] (nothing is printed) and in training
-replaced. One whose end is missing is used as far as it goes, and named only if less than a clip is left."""
+index) and of the files. A file that cannot be read is named in batch["bad"] (nothing is printed), in training
+also replaced. One whose end is missing is used as far as it goes, and named if less than a clip is left."""
 import argparse
 import bisect
 import colorsys
@@ -707,7 +707,7 @@ class Clips(Dataset):
         mask   bool [R, N], N tokens: what mask(generator=...) returns, a picklable callable that knows both
         label  int, -1 for none
         index  int, number of the video read; -1: none (evaluation only)
-        bad    list of (path, reason): files that could not be read this time; next time they are tried again
+        bad    list of (path, reason): files that could not be read; tried again, unless in `self.bad`
 
     Training: R = repeats views from one decoding, each with its own random start and `draw_crop`, then
     `transform`, a picklable uint8 [T, 3, size, size] -> the same, by torch's global generator. An unreadable
