@@ -2208,14 +2208,14 @@ def test_lines_of_the_log_survive_a_lost_folder(videos, tmp_path, meddle):
     assert [record["epoch"] for record in log] == [0, 0, 1]
 
 
-def test_a_log_that_was_resumed_twice_keeps_its_lines_in_order(tmp_path):
+def test_a_log_that_was_resumed_twice_keeps_its_lines_in_order(tmp_path, capsys):
     """Memory and file hold the lines before the first beyond the step; the file keeps damaged ones, too."""
-    kept = ('{"run": {}}\n{"step": 1}\n{"step": 2}\n'
-            '{"run": {"from_step": 2}}\n{"eval": "knn", "step": 2}\n')
+    kept = '{"run": {}}\n{"step": 1}\n{"step": 2}\n{"run": {"from_step": 2}}\n{"eval": "knn", "step": 2}\n'
     damaged = '{"step": 2, "lo\n7\n{"step": null}\n'
     path = tmp_path / "log.jsonl"
     path.write_text(damaged + kept + '{"step": 3}\n{"run": {"from_step": 3}}\n{"step": 2}\n')
     log = train.Log(tmp_path, 2)
+    assert capsys.readouterr().out.count("damaged line") == 3
     log.write(step=9)
     kept += '{"step": 9}\n'
     assert path.read_text() == damaged + kept

@@ -328,9 +328,7 @@ def say(message):
 
 
 def take_folder(args):
-    """Makes --out, writes the demo's videos, locks out a second run as long as this process lives.
-
-    Returns the file that holds the lock."""
+    """Makes --out and the demo's videos, locks out a second run while this one lives. -> the lock's file."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / ".lock", "a")
     try:
@@ -773,11 +771,13 @@ class Log:
         """Takes the lines before the first one beyond a step. Without any the file gets another name."""
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is half a line
         for line in lines:
-            with suppress(Exception):  # a damaged line stays in the file, and is not read
+            try:
                 record = json.loads(line)
                 if record.get("step", record.get("at_step", 0)) > step:  # the line of a run has neither
                     break
                 self.records.append(record)
+            except (ValueError, TypeError, AttributeError):
+                say(f"warning: {self.path} has a damaged line, which stays in it: {line!r:.70}")
             self.length += len(line) + 1
         if not self.records:
             self.length = 0
