@@ -27,7 +27,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -35,7 +34,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from itertools import chain, islice, product, tee
+from itertools import accumulate, chain, islice, product, tee
 from multiprocessing.pool import ThreadPool
 from os.path import abspath, commonpath, dirname, exists, getsize, isdir, isfile, join, relpath, splitext
 from pathlib import Path
@@ -54,7 +53,7 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg complains frame by frame; a Vid
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv .gif".split())
-# Formats that hold a video themselves. Playlists (concat, hls, dash) are missing: they open other files.
+# Formats that hold a video themselves. Playlists (concat, hls, dash) are left out: they open other files.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,asf,flv,ogg,gif,h264,hevc,m4v,mpegvideo,vc1,ivf,obu,rm,dv,mxf,nut"
 # Needed before PyAV 19: titles in an old encoding are no error. (Strings will do: versions have two digits.)
 LENIENT = {"metadata_errors": "ignore"} if av.__version__ < "19" else {}
@@ -166,9 +165,9 @@ class Index:
         return None not in self.times and len(set(self.shown_times)) == len(self.shown)
 
     def times_are_of_decoding(self):
-        """Whether the times say when to decode: they ascend through the file, though its header allows that
-        frames are reordered (has_b_frames). So it is in AVI and in files copied from AVI. The codec mpeg4
-        (XviD, DivX; not the format mp4) mostly comes from there: with B-frames we never trust its times."""
+        """Whether the times may say when to decode, as in AVI and in files copied from AVI: they ascend, and
+        yet frames may be reordered (has_b_frames). With B-frames the codec mpeg4 (XviD, DivX; not the format
+        mp4) is never trusted, as most of its files were AVI once."""
         ascend = self.shown_times == sorted(self.shown_times)
         return self.codec.has_b_frames and (ascend or self.codec.name == "mpeg4")
 
@@ -181,19 +180,25 @@ class Index:
         return self.shows_before_keyframe()
 
     def shows_before_keyframe(self):
-        """Whether frames come before the first keyframe, as in a copy cut out of a video: the frames they are
-        made from may be missing. To be asked only where every packet has a time."""
+        """Whether packets come, or frames are shown, before the first keyframe, as in an excerpt: what they
+        are made from may be missing. Or whether a keyframe is shown before an earlier packet, as where
+        recordings with overlapping clocks were joined. To be asked only where every packet has a time."""
         if not self.keys or self.shown[0] < self.keys[0]:
+            return True
+        latest = list(accumulate(self.times, max))  # up to each packet
+        if any(self.times[key] < latest[key] for key in self.keys):
             return True
         return min(self.shown_times) < self.times[self.keys[0]]
 
 
 def stops_early(container, last_packets):
-    """Whether every stream stops well before the length in the header, the sign that a Matroska file is cut:
-    FFmpeg silently drops the half packet at its end. If the sound alone goes on, the video is whole."""
+    """Whether every stream, so not the video alone, stops well before the length in the header. That is the
+    sign of a cut Matroska file, whose last half packet FFmpeg drops silently, or of a cut mp4 that has all
+    of its video before its sound."""
     early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
-    return "matroska" in container.format.name and all(
-        packet.pts is None or packet.pts * packet.time_base < early for packet in last_packets)
+    return container.format.name.startswith(("matroska", "mov")) and all(
+        packet.pts is None or (packet.pts + packet.duration) * packet.time_base < early
+        for packet in last_packets)
 
 
 # ============ reading its frames ============
@@ -219,8 +224,8 @@ class Video(AbstractContextManager):
                 self.open()
                 self.keep = size <= MAX_KEPT_BYTES
                 self.index = Index(self.container, self.stream, self.keep)
-            # fresh: the decoder is unused, and packet 0 is at hand. Indexing leaves the file at its end, so
-            # packet 0 is at hand only if the packets were kept.
+            # fresh: the decoder is unused, and packet 0 comes next. Indexing leaves the file at its end: then
+            # only packets that were kept begin at 0 again.
             self.fresh = self.keep
             self.decide()
         except BaseException:
@@ -260,7 +265,7 @@ class Video(AbstractContextManager):
         elif index.times_are_of_decoding():
             if index.shows_before_keyframe():
                 self.count()
-            else:  # one frame for each packet is assumed: to count would double the cost of XviD's files
+            else:  # one frame a packet is assumed (to count costs as much again); if fewer, the last repeats
                 self.exact = False
         else:
             self.times = sorted(index.shown_times)
@@ -369,7 +374,7 @@ class Video(AbstractContextManager):
                     raise VideoError("a frame is damaged, or its time is")
                 newest = frame.pts
                 if newest in number_at:
-                    yield number_at.pop(newest), frame  # decode reads number_at too, but is past this packet
+                    yield number_at.pop(newest), frame  # `decode` has it as `wanted`, but is past it
             if number_at:
                 raise VideoError(f"frame {min(number_at.values())} is missing")
 
@@ -404,7 +409,7 @@ class Video(AbstractContextManager):
         second one, from the beginning, if keyframes fail). read_clip and Clips' transform have T before 3.
 
         views: list of (T frame numbers in any order, crop); below 0 stands frame 0, beyond the end the last.
-        crop: (x, y, width, height) of the picture as it is displayed, or a function of its width and height,
+        crop: (x, y, width, height) of the picture after rotation, or a function of its width and height,
         or None: the centred square. Raises VideoError, and ValueError for a crop that is not inside."""
         end = max(max(numbers) for numbers, _ in views)
         if self.index.cut and end >= self.frames:
@@ -496,7 +501,7 @@ def upright(frame):
 
 
 def crop_filters(width, height, crop, size):
-    """Filters that cut a crop (see Video.read) out of a picture and scale it to size x size, in RGB."""
+    """Filters that take a crop (see Video.read) of a picture and scale it to size x size, in RGB."""
     if crop is None:
         crop = square_crop
     if callable(crop):
@@ -549,7 +554,8 @@ def square_crop(width, height, place=0.5):
 
 
 # Pretraining's crops, as in the authors' release: width and height are shares of the short side, at most one
-# step of CROP_SCALES apart. A crop lies at one of 9 + 4 places, (0, 0) to (4, 4) quarters of the room left.
+# step of CROP_SCALES apart. A crop's place, in quarters of the room beside it: corners, edges, centre (even
+# numbers), and between centre and corners (odd).
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
 CROP_SHAPES = [(w, h) for w in CROP_SCALES for h in CROP_SCALES if abs(w - h) < 0.2]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
@@ -596,10 +602,10 @@ class Videos:
 
     `names` is the bytes of all names in one tensor, which workers share: each would copy strings."""
     def __init__(self, root, names, labels=None, classes=None):
-        encoded = [os.fsencode(name) for name in names]
+        encoded = list(map(os.fsencode, names))
         self.root = root
         self.names = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-        self.ends = torch.tensor([0] + [len(name) for name in encoded]).cumsum(0)
+        self.ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
         if labels is None:
             labels = [-1] * len(names)
         self.labels = torch.tensor(labels)
@@ -750,7 +756,7 @@ class Clips(Dataset):
         """The item of this video, or of another one where it cannot be read."""
         bad = []
         for attempt in range(ATTEMPTS if self.train else 1):
-            if attempt:  # a function of the key, not of what failed before: a resumed run draws the same
+            if attempt:  # the draw is a function of the key alone: a resumed run draws the same
                 number = int(torch.randint(len(self), (), generator=generator_for(attempt, WHICH)))
             path = self.videos.path(number)
             try:
@@ -809,8 +815,8 @@ class Scenes(Dataset):
     def __post_init__(self):
         self.bad = {}  # as in Clips
         root = Path(self.root)
-        listed = root / "ImageSets/2017/val.txt"
-        chosen = listed.read_text().split() if listed.is_file() else None
+        lists = map(Path.read_text, root.glob("ImageSets/*/val.txt"))
+        chosen = " ".join(lists).replace("/", " ").split()  # 2017 lists videos, 2016 paths of their frames
         size = "480p" if (root / "JPEGImages/480p").is_dir() else ""
         videos = {}
         for frame in sorted((root / "JPEGImages" / size).rglob("*.jpg")):
@@ -879,16 +885,15 @@ def collate(items):
     return batch
 
 
-def normalize(video, dtype=torch.float32):
-    """uint8 [B, 3, T, H, W] -> ImageNet-normalised, of `dtype`, on the video's device."""
+def normalize(video):
+    """uint8 [B, 3, T, H, W] -> ImageNet-normalised, float32, on the video's device."""
     def channels(values):
         """[3, 1, 1, 1], filled on the device: to copy them would wait for the GPU."""
         return torch.stack([video.new_full((1, 1, 1), value, dtype=torch.float32) for value in values])
 
     mean = channels(IMAGENET_MEAN)
     std = channels(IMAGENET_STD)
-    scaled = video * (1 / (255 * std)) - mean / std  # (video / 255 - mean) / std, by two operations
-    return scaled.to(dtype)
+    return video * (1 / (255 * std)) - mean / std  # (video / 255 - mean) / std, by two operations
 
 
 def batches_to_device(batches, device):
@@ -904,9 +909,9 @@ def batches_to_device(batches, device):
             batch["video"] = batch["video"].to(device, non_blocking=True)
         if ahead is not None:
             yield ahead
-        current = torch.cuda.current_stream()
-        current.wait_stream(copying)
-        batch["video"].record_stream(current)  # its memory stays until this stream is done with it
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        batch["video"].record_stream(computing)  # its memory stays until this stream is done with it
         ahead = batch
     if ahead is not None:
         yield ahead
@@ -1011,10 +1016,8 @@ def preload_workers():
         return
     from multiprocessing import forkserver  # Windows has none
     multiprocessing.set_forkserver_preload(["torchvision.transforms.v2", "av.filter", "tqdm"])
-    try:
+    with suppress(OSError):  # it comes again, and is reported, where workers start
         forkserver.ensure_running()
-    except OSError as error:
-        raise WorkerError(f"workers cannot start ({error}): is TMPDIR's name too long?")
 
 
 def start_worker(_):
@@ -1046,7 +1049,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
     starts = 0  # of the workers, without a batch since
     while starts < ATTEMPTS:
         board = torch.full((workers, 3), NOTHING, dtype=torch.float64).share_memory_()
-        keys, asked = tee(keys)  # the workers run ahead in `asked`; `keys` stays with the batches yielded
+        keys, asked = tee(keys)  # the workers run ahead in `asked`; `keys` follows what was yielded
         # After its timeout a DataLoader can be asked again: that is the time to look after the workers.
         loader = DataLoader(
             Watched(dataset, board, strikes), batch_sampler=asked, num_workers=workers,
@@ -1078,6 +1081,7 @@ def load(dataset, batches, workers=0, pin_memory=False, collate=collate, prefetc
                     busy = monotonic()  # the caller's work on the batch does not count as waiting
         finally:
             del iterator  # ends the workers
+        # The second time it is given up.
         dataset.bad.update({number: why for number, why in blamed.items() if number in strikes})
         strikes.update(blamed)
         starts += 1
@@ -1119,8 +1123,8 @@ def judge(error, workers, board):
 # Training needs nothing below this line.
 
 # ============ prepare: re-encoding for quick random access ============
-# Any clip of the new files is quick to reach: there is a keyframe every few frames; no other frame needs the
-# B-frames, so that they can be skipped; arithmetic coding and the deblocking filter, slow to decode, are off.
+# Any clip of the new files is quick to reach: there is a keyframe every few frames; no frame needs B-frames
+# (b-pyramid), so that `decode` skips them; arithmetic coding and deblocking, slow to decode, are off (cabac).
 X264 = {"crf": "22", "x264-params": "scenecut=0:bframes=3:b-pyramid=none:b-adapt=0:ref=1:weightp=0:"
         "cabac=0:no-deblock=1:log-level=-1"}
 
@@ -1150,7 +1154,7 @@ def reencode(source, target, gop, short_side):
             picture = graph(frame)
             if stream is None:
                 stream = output.add_stream("libx264", rate, {**X264, "g": str(gop)}, thread_count=1,
-                                           width=picture.width, height=picture.height, pix_fmt="yuv420p")
+                                           width=picture.width, height=picture.height)
                 stream.codec_context.time_base = clock
             picture.pts = frame.pts if video.times else count
             picture.time_base = clock
@@ -1172,15 +1176,14 @@ class Reencoder(Dataset):
         target = Path(self.targets.path(number))
         try:
             if not target.exists():
-                # A temporary file without a name leaves nothing behind, even if this process is killed.
-                with announced(self, number, limit=3600), tempfile.TemporaryFile(dir=target.parent) as file:
+                file = io.BytesIO()  # a killed process leaves nothing behind
+                with announced(self, number, limit=3600):
                     reencode(self.videos.path(number), file, *self.options)
-                    file.seek(0)
-                    save(target, file.read())
+                save(target, file.getvalue())
             return number, None
         except (VideoError, av.FFmpegError, OSError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise  # the disk is full: no video is to blame
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise  # the disk, or one's share of it, is full: no video is to blame
             return number, one_line(error)
 
 
@@ -1219,9 +1222,8 @@ def prepare(source, directory, gop=16, short_side=256, workers=CORES):
     number_of = {name: i for i, name in enumerate(names)}  # a list may name a video twice
     work = Reencoder(videos, Videos(directory, names), (gop, short_side))
     batches = [[(0, i)] for i in number_of.values()]
-    reasons = {}
-    for [(i, reason)] in tqdm(load(work, batches, workers, collate=list), total=len(batches), disable=None):
-        reasons[names[i]] = reason
+    done = tqdm(load(work, batches, workers, collate=list), total=len(batches), disable=None)
+    reasons = {names[i]: reason for [(i, reason)] in done}
     lost = set()
     kept = []
     for name, path, label in zip(names, paths, videos.labels.tolist()):
@@ -1262,7 +1264,7 @@ def demo_clip(rng, texture, motion):
     v = y + draw(-0.5, 0.5) * t
     waves = 0
     for _ in range(3):
-        waves = waves + np.sin(draw(-0.12, 0.12) * u + draw(-0.12, 0.12) * v + draw(0, 6.3))
+        waves += np.sin(draw(-0.12, 0.12) * u + draw(-0.12, 0.12) * v + draw(0, 6.3))
     dark, light = shades(draw, (0.3, 0.5), (0.6, 0.9))
     picture = dark + (0.5 + 0.3 * waves) * (light - dark)  # [3, T, H, W]
 
@@ -1271,10 +1273,10 @@ def demo_clip(rng, texture, motion):
     down = y - draw(-30, 30) - draw(-1, 1) * t
     disc = np.clip(draw(6, 10) - np.hypot(across, down) + 0.5, 0, 1)  # soft at its edge
     colour, _ = shades(draw, (0.3, 1), (0, 0))
-    picture = picture + disc * (colour - picture)
+    picture += disc * (colour - picture)
 
-    # Object: between a disc and a rounded square. Within a tube it drifts by a quarter of its texture's
-    # period, or shakes by half of it.
+    # Object: between a disc and a rounded square. Within a tube (at stride 2) it drifts by a quarter of its
+    # texture's period, or shakes by half of it.
     wave = 2 * math.pi / draw(9.2, 10.8)
     speed = draw(1.1, 1.45)
     shifts = {"still": 0 * t, "forth": speed * t, "back": -speed * t, "shake": 2.5 - 5 * (t // 2 % 2)}
@@ -1290,14 +1292,14 @@ def demo_clip(rng, texture, motion):
                 "dots": np.cos(a) + np.cos(b) - 0.8}
     dark, light = shades(draw, (0.1, 0.4), (0.75, 1))
     painted = dark + np.clip(1.2 * textures[texture] + 0.5, 0, 1) * (light - dark)
-    picture = picture + body * (painted - picture)
+    picture += body * (painted - picture)
 
     # Changing light, and grain.
     light = draw(0.75, 1.1) * (1 + draw(0, 0.12) * np.sin(draw(0.1, 0.5) * t + draw(0, 6.3)))
     picture = picture * (255 * light) + draw(2, 6) * rng.standard_normal(shape, dtype=np.float32)
     masks = np.select([body > 0.5, disc > 0.5], [1, 2]).astype(np.uint8)  # [T, H, W]
     frames = picture.clip(0, 255).astype(np.uint8).transpose(1, 2, 3, 0)
-    return np.ascontiguousarray(frames), masks
+    return frames, masks
 
 
 def shades(draw, dark, light):
@@ -1325,8 +1327,7 @@ def write_demo_clip(directory, seed, split, texture, motion, number):
                 Image.fromarray(picture).save(folder / f"{i:05}.{suffix}", quality=95)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "bitexact"}) as file:  # no dates
-        stream = file.add_stream("libx264", 12, DEMO_X264, width=DEMO_SIZE, height=DEMO_SIZE,
-                                 pix_fmt="yuv420p", thread_count=1)
+        stream = file.add_stream("libx264", 12, DEMO_X264, width=DEMO_SIZE, height=DEMO_SIZE, thread_count=1)
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
@@ -1354,14 +1355,13 @@ def write_demo(directory, seed=0):
 def bench(source, seconds=10, rate=100):
     """Reads training clips in this process; prints their cost, and the cores for `rate` clips a second."""
     clips = Clips(find_videos(source))
-    keys = chain.from_iterable(EpochSampler(len(clips), 1))
-    count = 0
     began = time.process_time()
-    while time.process_time() < began + seconds:
-        clips[next(keys)]
-        count += 1
-    cost = (time.process_time() - began) / count
-    print(f"{1 / cost:.1f} clips a CPU-second; {rate} a second take {rate * cost:.1f} cores")
+    for count, [key] in enumerate(EpochSampler(len(clips), 1), 1):
+        clips[key]
+        spent = time.process_time() - began
+        if spent > seconds:
+            break
+    print(f"{count / spent:.1f} clips a CPU-second; {rate} a second take {rate * spent / count:.1f} cores")
 
 
 COMMANDS = {
