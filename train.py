@@ -56,7 +56,7 @@ DEMO = dict(size="tiny", prototypes=64, mask_ratio=0.75, frames=8, stride=2, ima
             warmup_epochs=3, lr=4e-3, min_lr=4e-4, eval_every=5)
 FINETUNE = dict(epochs=100, warmup_epochs=5, batch_size=16, lr=1e-3, min_lr=1e-6, eval_every=0)
 FINETUNE_DEMO = dict(epochs=15, warmup_epochs=1.875, lr=1e-2)
-EPILOG = f"""In brackets are the paper's defaults. The demo's:
+EPILOG = f"""In brackets are the defaults: the authors', but for the batch size. The demo's:
 {DEMO}
 Fine-tuning's: {FINETUNE}; on the demo {FINETUNE_DEMO}.
 If --epochs is typed and --warmup-epochs is not, warm-up is at most an eighth of the epochs.
