@@ -204,8 +204,8 @@ def parse_args(argv=None):
         raise Stop(f"{checkpoint} is of --size {weights.settings['size']}")
     if mode == "bench" and args.accumulate > 1:
         raise Stop("--bench times micro-batches: leave --accumulate out")
-    if args.batch_size % args.repeats:
-        raise Stop("--repeats must divide --batch-size")
+    if args.batch_size % args.repeats or mode == "finetune" and args.repeats > 1:
+        raise Stop("--repeats must divide --batch-size; --finetune, which mixes neighbours, takes none")
     return args, weights
 
 
@@ -247,9 +247,9 @@ class Process:
             self.device = torch.device("cuda", rank("LOCAL_RANK"))
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in fp32
-            self.precision = "fp16"
-            if torch.cuda.get_device_capability() >= (8, 0):  # from Ampere on
-                self.precision = "bf16"
+            self.precision = "bf16"
+            if max_over_ranks(torch.cuda.get_device_capability() < (8, 0)):  # one GPU is older than Ampere
+                self.precision = "fp16"
             self.workers = min(16, max(1, data.CORES // world("LOCAL_WORLD_SIZE")))
         if args.precision != "auto":
             self.precision = args.precision
@@ -336,7 +336,7 @@ def take_folder(args):
         if rank() == 0:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another run is writing to --out {args.out}: name another") from None
+        raise ValueError(f"another run is writing to --out {args.out}: name another")
     except (OSError, ImportError):  # file systems without locks, Windows: a second run goes unnoticed
         pass
     if args.demo and rank() == 0:
@@ -597,10 +597,13 @@ def open_data(args, labels=False):
             val = data.find_videos(args.val, train.classes)  # a class has one number in both
             if val.labels.min() < 0:
                 raise ValueError("--val has no labels: it needs class folders, or a list with labels")
-        if labels and val is None:
-            raise ValueError("--val is missing: the labelled videos to test on")
-        if labels and train.labels.min() < 0:
-            raise ValueError("--data has no labels: it needs class folders, or a list with labels")
+        if labels:
+            if val is None:
+                raise ValueError("--val is missing: the labelled videos to test on")
+            if train.labels.min() < 0:
+                raise ValueError("--data has no labels: it needs class folders, or a list with labels")
+            if val.labels.max() > train.labels.max():
+                raise ValueError("--val has labels that --data lacks")
     say(f"{args.data}: {len(train)} videos")
     return train, val
 
@@ -639,9 +642,9 @@ def load_teacher(args, model):
                     else:
                         state = load_checkpoint(args.dino_weights)
                     model.teacher.load_state_dict(state)
-                except (OSError, RuntimeError) as error:
+                except Exception as error:  # a file that holds something else can raise anything
                     raise ValueError(f"{args.dino_weights or url}: no weights of {args.teacher} "
-                                     f"({error!r:.150}): fetch {url} for --dino-weights") from None
+                                     f"({error!r:.150}): fetch {url} for --dino-weights")
 
 
 def start_from(model, weights):
@@ -743,9 +746,9 @@ def resume(args, parts, curve):
                 say(f"resuming {args.out} at step {step}")
             log = Log(args.out, step or -1)  # -1: at step 0 the log starts anew
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out") from None
-    if len(set(gather(step))) > 1:
-        raise Stop(f"different checkpoints in {args.out}: machines must see one folder")
+            raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out")
+    if len(set(gather(f"{step} {curve} {args.steps} {args.eval_every} {args.precision}"))) > 1:
+        raise Stop(f"processes differ in flags, in --data or in what {args.out} holds: all need the same")
     return step, log
 
 
@@ -1297,8 +1300,6 @@ def finetune(args, process, weights):
     if names is None:  # of a list, which has numbers alone
         names = [str(number) for number in range(1 + int(train.labels.max()))]
     with agreed():
-        if val.labels.max() >= len(names):
-            raise ValueError("--val has labels that --data lacks")
         torch.manual_seed(args.seed)
         model = Classifier(len(names), args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
@@ -1307,8 +1308,7 @@ def finetune(args, process, weights):
     model.to(process.device)
     # Classes of Something-Something (stride 0) tell left from right: no flip there, nor on the demo.
     transform = augmentation(flip=args.stride > 0 and args.demo is None)
-    train_set = open_clips(args, train, train=True, repeats=args.repeats, draw_crop=data.draw_resized,
-                           transform=transform)
+    train_set = open_clips(args, train, train=True, draw_crop=data.draw_resized, transform=transform)
     test_set = open_clips(args, val, views=(5 if args.stride > 0 else 2, 3))  # clips in time, crops in place
     mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=len(names)),
                            v2.CutMix(alpha=1.0, num_classes=len(names))])
@@ -1517,10 +1517,10 @@ def main(argv=None):
         leave(str(stop), stop.code, alike=True)
     except (data.VideoError, data.WorkerError) as error:
         if process.stop_signal:  # in an evaluation of the training loop; the signal ended the workers, too
-            raise SystemExit(128 + process.stop_signal) from None
+            raise SystemExit(128 + process.stop_signal)
         leave(str(error), 1)
     except torch.OutOfMemoryError as error:
-        leave(f"too little GPU memory: lower --batch-size or --recompute ({error!r:.150})", 1)
+        leave(f"too little GPU memory: lower --batch-size, or add --recompute ({error!r:.150})", 1)
 
 
 def leave(message, code, alike=False):
