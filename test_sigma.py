@@ -7,6 +7,7 @@
 import argparse
 import ast
 import doctest
+import errno
 import inspect
 import io
 import json
@@ -42,6 +43,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 from PIL import Image
 from pytest import approx, raises
 from torch import nn
@@ -50,9 +52,9 @@ from torch.testing import assert_close
 import data
 import sigma
 import train
-from data import EpochSampler, VideoError, find_videos, read_clip, seeded
+from data import EpochSampler, VideoError, find_videos, frame_numbers, read_clip, seeded, write_demo
 from sigma import SIGMA, SIZES, load_checkpoint, sinkhorn, tube_mask
-from train import load_weights, read_weights
+from train import kmeans, knn, load_weights, match_many_to_one, match_one_to_one, overlap, read_weights
 
 HERE = Path(__file__).parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -210,7 +212,7 @@ def test_the_examples_in_docstrings_are_true():
 # ============ sigma.py: the model ============
 def named_rng(name):
     """Random numbers that depend on this name alone."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
+    return default_rng(zlib.crc32(name.encode()))
 
 
 @lru_cache(None)
@@ -309,8 +311,9 @@ VARIANTS = parametrize("settings", [
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@parametrize("dtype", [torch.bfloat16, torch.float16])
 @VARIANTS
-def test_a_step_on_the_gpu_never_waits_for_it(settings):
+def test_a_step_on_the_gpu_never_waits_for_it(settings, dtype):
     model, scaler = tiny(**settings).cuda(), torch.amp.GradScaler("cuda")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     clips = torch.randint(256, (4, 3, 4, 32, 32), dtype=torch.uint8).pin_memory()
@@ -318,7 +321,7 @@ def test_a_step_on_the_gpu_never_waits_for_it(settings):
     for step in range(3):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step sets libraries up
         try:
-            with torch.autocast("cuda", torch.float16):
+            with torch.autocast("cuda", dtype):
                 loss, _ = model(data.normalize(clips.cuda(non_blocking=True)), mask)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -351,7 +354,8 @@ def test_the_loss_its_statistics_and_gradients_are_the_papers(assignment):
 
     _, parts = sigma.sigma_loss(x_psi, x_phi, C.clone())
     assert not any(value.requires_grad for value in parts.values())
-    loss, stats = model.forward_loss(x_psi, x_phi)
+    with torch.autocast("cpu", torch.bfloat16):  # in which the loss is computed in float32 all the same
+        loss, stats = model.forward_loss(x_psi, x_phi)
     assert_close(C.detach(), unit_C.detach().float())
     assert loss.item() == approx((video + projection).item(), rel=1e-4)
     assert_close(stats, expected, atol=0, rtol=1e-4, check_dtype=False)
@@ -714,7 +718,7 @@ def video_paint(n):
     in the lower half. Moving noise lies over them, so that every pixel matters."""
     row = (55 + 140 * (n >> np.arange(8) & 1)).repeat(W // 8)
     bars = np.where(np.arange(H)[:, None] < H // 2, row, 250 - row)
-    noise = np.random.default_rng(0).integers(-30, 30, (H // 4, W // 4, 3)).repeat(4, 0).repeat(4, 1)
+    noise = default_rng(0).integers(-30, 30, (H // 4, W // 4, 3)).repeat(4, 0).repeat(4, 1)
     return (bars[:, :, None] + np.roll(noise, (n, -2 * n), (0, 1))).astype(np.uint8)
 
 
@@ -947,20 +951,33 @@ def test_two_fields_are_one_frame(tmp_path):
     assert len(packets_of(path)) == 60
 
 
-def test_where_only_the_sound_goes_on_the_video_is_whole(tmp_path):
+@parametrize("longer", ["sound", "last frame"])
+def test_where_only_the_sound_or_the_last_frame_goes_on_the_video_is_whole(tmp_path, longer):
     """Matroska tells its length in the header; a cut file is known by no stream reaching it."""
-    path = tmp_path / "sound.mkv"
+    path = tmp_path / "longer.mkv"
     with av.open(path, "w") as file:
         video = file.add_stream("mjpeg", rate=25, width=W, height=H, pix_fmt="yuvj420p")
         sound = file.add_stream("pcm_s16le", rate=8000, layout="mono")
         for n in range(N):
-            file.mux(video.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24")))
-        for second in range(20):
-            file.mux(sound.encode(silence(second)))
+            packet, = video.encode(av.VideoFrame.from_ndarray(video_paint(n), format="rgb24"))
+            if longer == "last frame" and n == N - 1:
+                packet.duration = 500            # twenty seconds
+            file.mux(packet)
+        if longer == "sound":
+            for second in range(20):
+                file.mux(sound.encode(silence(second)))
     assert read_numbers(path, 3, 1, N - 2) == [N - 2, N - 1, N - 1]
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 3])
-    with raises(VideoError, match="cut off"):
-        read_clip(path, 2, 1, N)
+
+
+def test_joined_recordings_whose_clocks_overlap_are_one_video(tmp_path):
+    """Camcorders leave such files: here frame 25 has a time between those of frames 10 and 11."""
+    content = b""
+    for first, later in ((0, 0), (25, 420)):
+        pictures = [video_paint(n) for n in range(first, first + 25)]
+        times = [40 * n + later for n in range(25)]
+        content += video_write(tmp_path / "a.ts", pictures=pictures, times=times, options=FLAT).read_bytes()
+    (tmp_path / "joined.ts").write_bytes(content)
+    assert video_check(tmp_path / "joined.ts") == N
 
 
 def test_frames_that_nobody_wants_or_needs_are_not_decoded(video_file, tmp_path):
@@ -1098,7 +1115,7 @@ def test_crops_are_in_displayed_pixels_and_colours_are_right(tmp_path, name):
 # ============ data.py: files that are wrong ============
 def test_unreadable_files_give_one_line(tmp_path):
     good = video_write(tmp_path / "good.mp4", options=X264).read_bytes()
-    contents = {"empty.mp4": b"", "garbage.mp4": np.random.default_rng(0).bytes(20_000),
+    contents = {"empty.mp4": b"", "garbage.mp4": default_rng(0).bytes(20_000),
                 "headless.mp4": good[len(good) // 2:],
                 "list.mp4": b"ffconcat version 1.0\nfile good.mp4\n",
                 "stream.mp4": b"#EXTM3U\n#EXTINF:3,\ngood.mp4\n#EXT-X-ENDLIST\n"}
@@ -1110,7 +1127,6 @@ def test_unreadable_files_give_one_line(tmp_path):
         stream = container.add_stream("aac", rate=8000, layout="mono")
         container.mux(stream.encode(silence(0)) + stream.encode())
     Image.fromarray(RAMP).save(tmp_path / "picture.mp4", format="png")
-    hints = {"dir.mp4": "folders of frames", "picture.mp4": "picture"}
     for name in [*contents, "dir.mp4", "pipe.mp4", "sound.mp4", "picture.mp4", "absent.mp4"]:
         with raises(VideoError) as error:
             read_clip(tmp_path / name)
@@ -1118,7 +1134,6 @@ def test_unreadable_files_give_one_line(tmp_path):
         assert "\n" not in text
         assert str(tmp_path) not in text
         assert len(text) > 5
-        assert hints.get(name, "") in text
 
 
 def test_a_header_that_asks_for_too_much_memory_is_refused(video_file, monkeypatch):
@@ -1165,13 +1180,21 @@ def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name)
     assert len(got) < 40
 
 
+def test_an_mp4_that_is_cut_between_two_packets_is_known_by_its_header(video_file, tmp_path):
+    """No packet is torn. So it is, too, where the sound of a cut file lies behind its video."""
+    path = video_file("flat.mp4")
+    (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:packets_of(path)[15].pos])
+    with raises(VideoError, match="cut off"):
+        read_clip(tmp_path / "cut.mp4", 3, 4, 8)
+
+
 def test_damage_in_the_middle_is_not_silent(tmp_path):
     """Each clip is right or an error. One file in eight may be wrong, since garbage can be decoded, too."""
     path = video_write(tmp_path / "damaged.mp4")  # only the first frame is a keyframe
     truth = [read_clip(path, 3, 1, start, size=32) for start in range(0, N - 3, 6)]
     content, found = path.read_bytes(), []
     for trial in range(8):
-        noise = np.random.default_rng(trial)
+        noise = default_rng(trial)
         at = int(noise.integers(len(content) * 0.3, len(content) * 0.8))
         path.write_bytes(content[:at] + noise.bytes(1000) + content[at + 1000:])
         right = {}                               # number of a clip -> whether it is right, if it is read
@@ -1198,7 +1221,7 @@ def test_noise_in_a_file_raises_only_video_errors(video_file, tmp_path):
     good = 0
     for i, name in enumerate(10 * list(VIDEO_FORMATS)):
         content = bytearray(video_file(name).read_bytes())
-        noise = np.random.default_rng(i)
+        noise = default_rng(i)
         at = noise.integers(len(content) if i % 3 else 4000)         # every third time near the start
         length = noise.choice([1, 4, 200])
         content[at:at + length] = noise.bytes(length + i % 2)  # every second time it is a byte longer
@@ -1351,9 +1374,7 @@ def test_evaluation_is_fixed_and_keeps_shapes(video_set):
     assert not broken["video"].any()
     assert broken["index"] == broken["label"] == -1
     assert len(broken["bad"]) == 1
-    readable = clips[0, 5]
-    assert readable["index"] == 5
-    assert readable["label"] == 1
+    assert (clips[0, 5]["index"], clips[0, 5]["label"]) == (5, 1)
 
 
 def test_views_of_an_evaluation_are_spread_over_time_and_place(video_set):
@@ -1386,21 +1407,21 @@ def test_the_sampler_covers_each_epoch_once_over_the_ranks():
 
 
 def test_frame_numbers_at_a_stride_start_anywhere_in_the_video():
-    assert data.frame_numbers(100, 4, 10, 0.5) == [35, 45, 55, 65]
+    assert frame_numbers(100, 4, 10, 0.5) == [35, 45, 55, 65]
     places = torch.rand(4000, generator=seeded(0))
-    drawn = [data.frame_numbers(100, 4, 10, place)[0] for place in [0, 1, *places.tolist()]]
+    drawn = [frame_numbers(100, 4, 10, place)[0] for place in [0, 1, *places.tolist()]]
     assert drawn[:2] == [0, 69]
     assert set(drawn) == set(range(70))
     assert abs(np.mean(drawn) - 34.5) < 1.5
-    assert data.frame_numbers(10, 4, 10, 0.9)[0] == 0  # a short video starts at 0
+    assert frame_numbers(10, 4, 10, 0.9)[0] == 0  # a short video starts at 0
 
 
 def test_frame_numbers_at_stride_0_are_one_of_each_part():
-    assert data.frame_numbers(160, 16, 0) == list(range(5, 160, 10))  # the middles of sixteen parts
-    jitter = data.frame_numbers(160, 16, 0, torch.rand(16, generator=seeded(0)))
+    assert frame_numbers(160, 16, 0) == list(range(5, 160, 10))  # the middles of sixteen parts
+    jitter = frame_numbers(160, 16, 0, torch.rand(16, generator=seeded(0)))
     assert [n // 10 for n in jitter] == list(range(16))
     assert len({n % 10 for n in jitter}) > 4
-    assert data.frame_numbers(4, 8, 0) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert frame_numbers(4, 8, 0) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_crops_are_the_recipes():
@@ -1413,11 +1434,8 @@ def test_crops_are_the_recipes():
     # 8 to 100% of the area, aspect 3/4 to 4/3, anywhere.
     x, y, w, h = np.array([data.draw_resized(seeded(i))(340, 256) for i in range(1000)]).T
     area, aspect = w * h / (340 * 256), np.log(w / h) / np.log(4 / 3)
-    assert 0.07 < area.min() < 0.1
-    assert area.max() > 0.85
-    assert 0.4 < area.mean() < 0.56
-    assert -1.05 < aspect.min() < -0.9
-    assert 0.9 < aspect.max() < 1.05
+    assert 0.07 < area.min() < 0.1 < 0.4 < area.mean() < 0.56 < 0.85 < area.max()
+    assert -1.05 < aspect.min() < -0.9 < 0.9 < aspect.max() < 1.05
     assert x.min() == y.min() == 0
     assert (x + w).max() > 335
     assert (y + h).max() > 250
@@ -1678,6 +1696,11 @@ def test_prepare_keeps_a_folder_and_names_what_it_leaves_out(video_set, video_fi
     assert [name for name in names if os.stat(target / name).st_mtime_ns != made[name]] == names[:1]
 
 
+def test_a_full_disk_ends_prepare_and_blames_no_video(video_set, tmp_path):
+    with mock.patch.object(data, "reencode", side_effect=OSError(errno.EDQUOT, "x")), raises(OSError):
+        data.prepare(video_set, tmp_path / "new", workers=0)
+
+
 def test_prepare_refuses_what_makes_no_sense(tmp_path, data_main):
     old, new = tmp_path / "old", tmp_path / "new"
     make_empty_files(tmp_path, "old/a.mp4")
@@ -1722,22 +1745,20 @@ def test_the_demo_is_the_same_for_a_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEMO_VAL", 1)
     monkeypatch.setattr(data, "DEMO_TEXTURES", ("dots",))  # four classes stand for all
     with mock.patch.object(Image, "fromarray", side_effect=OSError("stopped")), raises(OSError):
-        data.write_demo(tmp_path / "a", 0)
+        write_demo(tmp_path / "a", 0)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(data.write_demo, map(tmp_path.joinpath, "aabc"), [0, 0, 0, 1]))
+        list(pool.map(write_demo, map(tmp_path.joinpath, "aabc"), [0, 0, 0, 1]))
     a, b, c = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.[jmp]*")}
                for root in map(tmp_path.joinpath, "abc")]
     assert len(a) == 2 * 4 + 4 * 24 * 2          # train and val; frames and masks
     assert a == b
     assert not any(a[path] == c[path] for path in a if path.suffix == ".mp4")
     with raises(ValueError, match="not the demo of seed 1"):
-        data.write_demo(tmp_path / "a", 1)
+        write_demo(tmp_path / "a", 1)
     # The object has a texture; the background is smoother.
-    folder = tmp_path / "a/davis"
-    picture = np.array(Image.open(folder / "JPEGImages/dots-back-00/00002.jpg")).mean(-1)
-    mask = np.array(Image.open(folder / "Annotations/dots-back-00/00002.png"))
+    picture = np.array(Image.open(tmp_path / "a/davis/JPEGImages/dots-back-00/00002.jpg")).mean(-1)
+    mask = np.array(Image.open(tmp_path / "a/davis/Annotations/dots-back-00/00002.png"))
     steps = np.abs(np.gradient(picture, axis=1))
-    assert set(np.unique(mask)) == {0, 1, 2}
     assert steps[mask == 1].mean() > 2 * steps[mask == 0].mean()
 
 
@@ -1753,7 +1774,7 @@ COLOURS = {"blue": (20, 20, 240), "red": (240, 20, 20)}
 
 def disc(colour, seed):
     """A disc of a colour on grey, moving: frames [6, 40, 72, 3] and masks [6, 40, 72]."""
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     y, x = np.mgrid[:40, :72]
     masks = np.stack([np.hypot(x - 14 - 3 * t, y - 18 - random.integers(3)) < 11 for t in range(6)])
     grey = random.integers(80, 120, (6, 40, 72, 1), np.uint8)
@@ -1775,8 +1796,10 @@ def world(tmp_path_factory):
                 mask = Image.fromarray(numbers[t].astype(np.uint16))
             davis_frame(root / "davis", f"{name}{n}", t, Image.fromarray(frames[t]), mask)
     (root / "davis/Annotations/480p/blue0/00000.png").unlink()                       # its frame is skipped
-    (root / "davis/ImageSets/2017").mkdir(parents=True)
-    (root / "davis/ImageSets/2017/val.txt").write_text("blue0\nred1\n")
+    # DAVIS-2017 lists videos, and 2016 the paths of frames and masks.
+    for folder, words in (("2017", "blue0"), ("480p", "/JPEGImages/480p/red1/00000.jpg /x/red1/00000.png")):
+        (root / "davis/ImageSets" / folder).mkdir(parents=True)
+        (root / "davis/ImageSets" / folder / "val.txt").write_text(words)
     (root / "third.txt").write_text("videos/red/0.mp4 2\n")
     args = dict(size="tiny", target="mlp", loss="sigma", frames=4, image_size=32, stride=1, prototypes=12)
     torch.save({"model": tiny().state_dict(), "step": 7, "args": args}, root / "ours.pt")
@@ -2130,20 +2153,6 @@ def test_a_signal_that_ends_the_workers_too_is_no_workers_fault(videos, tmp_path
         run_here(videos, tmp_path, "--val", videos)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert "error" not in capsys.readouterr().err
-
-
-def test_a_killed_loader_worker_ends_the_run_in_one_line(videos, tmp_path, capsys, meddle):
-    before = multiprocessing.active_children()
-
-    def kill_a_worker(call, loss, stats):
-        if call == 5:
-            worker, = set(multiprocessing.active_children()) - {*before, *STARTED}
-            worker.kill()
-        return loss, stats
-    meddle(kill_a_worker)
-    line = refused(capsys, 1, run_here, videos, tmp_path, "--epochs", 100000, "--workers", 1)
-    assert "worker" in line
-    assert saved_step(tmp_path) >= 5
 
 
 def test_too_little_gpu_memory_is_one_line(videos, tmp_path, capsys, meddle):
@@ -2590,12 +2599,12 @@ def test_knn_is_the_definition():
         similarity, nearest = F.cosine_similarity(query[None], bank).topk(20)
         votes = torch.zeros(4).index_add(0, bank_labels[nearest], (similarity / 0.07).exp())
         right += int(votes.argmax() == label)
-    assert train.knn(bank, bank_labels, queries, labels) == approx(100 * right / 300)
+    assert knn(bank, bank_labels, queries, labels) == approx(100 * right / 300)
     lonely = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])  # of itself a row would vote for its own class
     own = lonely, torch.arange(3)
-    assert train.knn(*own, *own, k=1, leave_one_out=True) == 0
+    assert knn(*own, *own, k=1, leave_one_out=True) == 0
     alone = lonely[:1], torch.arange(1)
-    assert math.isnan(train.knn(*alone, *alone, leave_one_out=True))
+    assert math.isnan(knn(*alone, *alone, leave_one_out=True))
 
 
 def test_overlap_counts_pixels_and_clusters_find_their_objects():
@@ -2604,30 +2613,30 @@ def test_overlap_counts_pixels_and_clusters_find_their_objects():
     truth[:2, 3, 3] = -1                         # a pixel to be ignored
     truth[3] = 1
     clusters = torch.tensor([[[1, 0], [0, 2]], [[3, 3], [3, 3]]])
-    assert train.overlap(truth, clusters, 5).tolist() == [[16, 0, 6, 16, 0], [0, 8, 0, 16, 0]]
-    mean, columns = train.match_one_to_one(torch.tensor([[10, 0, 0, 0], [0, 0, 8, 0], [2, 6, 0, 0]]))
+    assert overlap(truth, clusters, 5).tolist() == [[16, 0, 6, 16, 0], [0, 8, 0, 16, 0]]
+    mean, columns = match_one_to_one(torch.tensor([[10, 0, 0, 0], [0, 0, 8, 0], [2, 6, 0, 0]]))
     assert columns == [0, 2, 1]
     assert mean == approx((10 / 12 + 8 / 8 + 6 / 8) / 3)
-    assert train.match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
+    assert match_one_to_one(torch.tensor([[50, 30], [40, 0]]))[1] == [1, 0]    # not greedy
     # Clusters 0 and 1 -> object 0, 2 and 3 -> object 1; an object without a cluster counts 0.
-    mean = train.match_many_to_one(torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]]))
+    mean = match_many_to_one(torch.tensor([[10, 9, 0, 1], [0, 2, 7, 3]]))
     assert mean == approx((19 / (20 + 21 - 19) + 10 / (12 + 11 - 10)) / 2)
-    assert train.match_many_to_one(torch.tensor([[5, 5], [1, 0]])) == approx(10 / 11 / 2)
+    assert match_many_to_one(torch.tensor([[5, 5], [1, 0]])) == approx(10 / 11 / 2)
 
 
 def test_kmeans_finds_separate_points():
     truth = torch.arange(10).repeat_interleave(18)
     x = 12 * torch.eye(10)[truth] + torch.randn(180, 10, generator=seeded(1))
     for seed in range(5):                        # of the starts about half would do: the best counts
-        cluster = train.kmeans(x, 10, seed)
+        cluster = kmeans(x, 10, seed)
         assert len(torch.stack([truth, cluster], dim=1).unique(dim=0)) == 10
         assert len(cluster.unique()) == 10
     x = torch.randn(200, 3, generator=seeded(2))        # no clusters: a point is nearest to its own mean
-    cluster = train.kmeans(x, 4, 3)
+    cluster = kmeans(x, 4, 3)
     means = torch.stack([x[cluster == k].mean(dim=0) for k in range(4)])
     assert torch.equal(torch.cdist(x, means).argmin(dim=1), cluster)
-    assert torch.equal(cluster, train.kmeans(x, 4, 3))
-    assert len(train.kmeans(x[:3], 10).unique()) == 3        # fewer points than clusters
+    assert torch.equal(cluster, kmeans(x, 4, 3))
+    assert len(kmeans(x[:3], 10).unique()) == 3        # fewer points than clusters
 
 
 def test_linear_probe_on_known_data():
@@ -2700,7 +2709,7 @@ def test_augmentation_is_one_draw_for_all_frames(flip):
 @beside
 def test_evaluation_does_not_depend_on_the_number_of_processes(tmp_path, world):
     """On noise the score is chance, and so changes with the order of the features."""
-    random, lines, found = np.random.default_rng(0), [], []
+    random, lines, found = default_rng(0), [], []
     for n in range(80):                          # the probe takes 64 at a time: more, or the order is nothing
         pictures = random.integers(0, 256, (4, 5, 5, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
         video_write(tmp_path / f"{n}.mp4", "mpeg4", pictures)
@@ -2748,17 +2757,15 @@ def test_finetune_runs_and_resumes(world, videos, tmp_path, capsys):
 
 def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
     """K-means looks at small differences, so it computes in float32 also where the model is in bf16."""
-    kmeans = train.kmeans
-
     def checked(x, *more):
         assert x.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu")
         return kmeans(x, *more)
     features = mock.create_autospec(SIGMA.features, side_effect=SIGMA.features)
-    overlap = mock.Mock(wraps=train.overlap)
+    counted = mock.Mock(wraps=overlap)
     monkeypatch.setattr(train, "kmeans", checked)
     monkeypatch.setattr(SIGMA, "features", features)
-    monkeypatch.setattr(train, "overlap", overlap)
+    monkeypatch.setattr(train, "overlap", counted)
     out = tmp_path / "davis"
     flags = "--data", world / "davis", "--out", out, "--precision", "bf16"
     main_here("--segment", world / "ours.pt", *flags, pictures=True)
@@ -2769,7 +2776,7 @@ def test_segment_reads_masks_exactly_and_compares(world, tmp_path, monkeypatch):
         assert Image.open(out / f"{name}.png").width > 300
     # Two protocols compare the middle 4 frames of blue0, which has 5 with a mask, then those of red1, which
     # has 6 and is the sixth video. Row 0 of the masks does not count.
-    truths = [call.args[0] for call in overlap.call_args_list]
+    truths = [call.args[0] for call in counted.call_args_list]
     assert np.array_equal(truths[0][:, 1:], disc("blue", 0)[1][2:, 1:])
     assert (truths[0][:, 0] == -1).all()
     assert np.array_equal(truths[-1][:, 1:], disc("red", 5)[1][1:5, 1:])
@@ -2850,19 +2857,15 @@ def compare_speed(size="small", target="mlp", batch="8", rounds="3", precisions=
 EVIDENCE = {
     "untrained": "--steps 1",  # the warm-up's first step has a learning rate of 0
     "pixels, L2 (VideoMAE)": "--target pixel --lr 8e-3", "MLP features, L2": "--loss l2",
-    "SIGMA-MLP, hard": "", "soft assignment": "--assignment soft",
-    "soft, ε 0.01": "--assignment soft --eps 0.01", "ε 0.02": "--eps 0.02", "ε 0.1": "--eps 0.1",
-    "16 prototypes": "--prototypes 16", "256 prototypes": "--prototypes 256",
-    "1024 prototypes": "--prototypes 1024", "mask ratio 0.5": "--mask-ratio 0.5",
-    "mask ratio 0.9": "--mask-ratio 0.9"}
+    "SIGMA-MLP, hard": "", "SIGMA-MLP, soft": "--assignment soft"}
 
 
-def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
-    """Pretrains, probes and segments rows of EVIDENCE, `at_once` side by side, and prints a table of means
-    and standard deviations over seeds. What an earlier call has done is not done again."""
+def evidence(folder="runs/evidence", seeds="3", at_once="1"):
+    """Pretrains, probes and segments the rows of EVIDENCE, `at_once` side by side, and prints a table of
+    means and standard deviations over seeds. Called again, it pretrains only what is not done."""
     folder = Path(folder).absolute()
-    names = list(EVIDENCE)[:int(rows)]
-    data.write_demo(folder / "videos")
+    names = list(EVIDENCE)
+    write_demo(folder / "videos")
 
     def run(name, seed):
         out = folder / f"{names.index(name):02}-{seed}"
@@ -2872,12 +2875,9 @@ def evidence(folder="runs/evidence", seeds="3", at_once="1", rows="5"):
         checkpoint, found = out / "checkpoint.pt", {}
         for part, flags in {".": ["--seed", str(seed), *EVIDENCE[name].split()],
                             "probe": ["--probe", checkpoint], "segment": ["--segment", checkpoint]}.items():
-            done = out / part / "done"
-            if not done.exists():
-                with open(out / "output.txt", "a") as output:
-                    subprocess.run([sys.executable, HERE / "train.py", *flags, "--out", out / part],
-                                   check=True, stdout=output, stderr=output, env=ONE_THREAD)
-                done.touch()
+            with open(out / "output.txt", "a") as output:
+                subprocess.run([sys.executable, HERE / "train.py", *flags, "--out", out / part],
+                               check=True, stdout=output, stderr=output, env=ONE_THREAD)
             found.update((record.get("eval", "step"), record) for record in read_log(out / part))
         return [found["knn"]["top1"], found["linear"]["top1"], found["segment"]["miou_overclustering"],
                 found["step"].get("perplexity"), found["step"].get("spread")]
