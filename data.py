@@ -146,7 +146,7 @@ class Index:
                         self.packets.append(packet)
         except (av.FFmpegError, OSError) as error:  # the video counts as cut here
             self.cut = one_line(error)
-        if newest is not None and newest.is_corrupt:
+        if newest and newest.is_corrupt:
             self.cut = self.cut or "it ends in the middle of a frame"
             if newest.stream.index == stream.index:
                 rows.pop()
@@ -186,17 +186,17 @@ class Index:
         if not self.keys or self.shown[0] < self.keys[0]:
             return True
         latest = list(accumulate(self.times, max))  # up to each packet
-        if any(self.times[key] < latest[key] for key in self.keys):
+        # Where an edit list hides packets, their times may lie anywhere, and nothing was joined.
+        if len(self.shown) == len(latest) and any(self.times[key] < latest[key] for key in self.keys):
             return True
         return min(self.shown_times) < self.times[self.keys[0]]
 
 
 def stops_early(container, last_packets):
     """Whether every stream, so not the video alone, stops well before the length in the header. That is the
-    sign of a cut Matroska file, whose last half packet FFmpeg drops silently, or of a cut mp4 that has all
-    of its video before its sound."""
-    early = 0.9 * (container.duration or 0) / av.time_base - 1  # seconds
-    return container.format.name.startswith(("matroska", "mov")) and all(
+    sign of a cut Matroska file, whose last half packet FFmpeg drops silently."""
+    early = 0.9 * (container.duration or 0) / 1e6 - 1  # seconds, from microseconds
+    return "matroska" in container.format.name and all(
         packet.pts is None or (packet.pts + packet.duration) * packet.time_base < early
         for packet in last_packets)
 

@@ -238,8 +238,8 @@ def sigma_loss(x_psi, x_phi, prototypes, eps=0.05, iterations=10, temperature=0.
     unit_phi = F.normalize(x_phi.float())  # [N, E]
     device_type = "cuda" if x_psi.is_cuda else "cpu"
     with torch.autocast(device_type, enabled=False):
-        scores_psi = unit_psi @ prototypes.detach().T  # x̃^Ψ [N, K]; C learns from φ's term only
-        scores_phi = unit_phi @ prototypes.T  # x̃^φ [N, K]
+        scores_psi = (unit_psi @ prototypes.detach().T).float()  # x̃^Ψ [N, K]; C learns from φ's term only
+        scores_phi = (unit_phi @ prototypes.T).float()  # x̃^φ [N, K]
 
     # 2. Assignments. No gradient flows through them.
     q_psi = sinkhorn(scores_psi, eps, iterations)  # [N, K]

@@ -1180,14 +1180,6 @@ def test_a_file_that_was_cut_off_gives_what_it_holds(video_file, tmp_path, name)
     assert len(got) < 40
 
 
-def test_an_mp4_that_is_cut_between_two_packets_is_known_by_its_header(video_file, tmp_path):
-    """No packet is torn. So it is, too, where the sound of a cut file lies behind its video."""
-    path = video_file("flat.mp4")
-    (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:packets_of(path)[15].pos])
-    with raises(VideoError, match="cut off"):
-        read_clip(tmp_path / "cut.mp4", 3, 4, 8)
-
-
 def test_damage_in_the_middle_is_not_silent(tmp_path):
     """Each clip is right or an error. One file in eight may be wrong, since garbage can be decoded, too."""
     path = video_write(tmp_path / "damaged.mp4")  # only the first frame is a keyframe

@@ -49,14 +49,14 @@ import sigma
 from sigma import SIGMA, SIZES, TEACHERS, TUBELET, load_checkpoint
 
 # ============ flags ============
-# Each flag is one line with the paper's default. The demo and fine-tuning have other defaults, which follow.
+# Each flag is one line with the authors' default. The demo and fine-tuning have other defaults, which follow.
 # What is typed always wins. After parse_args nothing changes `args` any more.
 
 DEMO = dict(size="tiny", prototypes=64, mask_ratio=0.75, frames=8, stride=2, image_size=48, epochs=25,
             warmup_epochs=3, lr=4e-3, min_lr=4e-4, eval_every=5)
 FINETUNE = dict(epochs=100, warmup_epochs=5, batch_size=16, lr=1e-3, min_lr=1e-6, eval_every=0)
 FINETUNE_DEMO = dict(epochs=15, warmup_epochs=1.875, lr=1e-2)
-EPILOG = f"""In brackets are the defaults: the authors', but for the batch size. The demo's:
+EPILOG = f"""In brackets are the defaults: the authors', but for batch size and precision. The demo's:
 {DEMO}
 Fine-tuning's: {FINETUNE}; on the demo {FINETUNE_DEMO}.
 If --epochs is typed and --warmup-epochs is not, warm-up is at most an eighth of the epochs.
@@ -81,7 +81,7 @@ def at_least(least, kind):
 
 
 def make_parser():
-    """The parser of all flags, with the paper's defaults."""
+    """The parser of all flags, with the authors' defaults."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG)
     count = at_least(1, int)
     whole = at_least(0, int)
@@ -248,7 +248,7 @@ class Process:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in fp32
             self.precision = "bf16"
-            if max_over_ranks(torch.cuda.get_device_capability() < (8, 0)):  # one GPU is older than Ampere
+            if max_over_ranks(torch.cuda.get_device_capability() < (8,)):  # one GPU is older than Ampere
                 self.precision = "fp16"
             self.workers = min(16, max(1, data.CORES // world("LOCAL_WORLD_SIZE")))
         if args.precision != "auto":
@@ -602,8 +602,6 @@ def open_data(args, labels=False):
                 raise ValueError("--val is missing: the labelled videos to test on")
             if train.labels.min() < 0:
                 raise ValueError("--data has no labels: it needs class folders, or a list with labels")
-            if val.labels.max() > train.labels.max():
-                raise ValueError("--val has labels that --data lacks")
     say(f"{args.data}: {len(train)} videos")
     return train, val
 
@@ -747,7 +745,7 @@ def resume(args, parts, curve):
             log = Log(args.out, step or -1)  # -1: at step 0 the log starts anew
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit this run ({error!r:.150}): use another --out")
-    if len(set(gather(f"{step} {curve} {args.steps} {args.eval_every} {args.precision}"))) > 1:
+    if len(set(gather(f"{step} {curve} {args.steps} {args.eval_every} {not args.val} {args.precision}"))) > 1:
         raise Stop(f"processes differ in flags, in --data or in what {args.out} holds: all need the same")
     return step, log
 
@@ -1300,6 +1298,8 @@ def finetune(args, process, weights):
     if names is None:  # of a list, which has numbers alone
         names = [str(number) for number in range(1 + int(train.labels.max()))]
     with agreed():
+        if val.labels.max() >= len(names):
+            raise ValueError("--val has labels that --data lacks")
         torch.manual_seed(args.seed)
         model = Classifier(len(names), args.size, frames=args.frames, image_size=args.image_size,
                            recompute=args.recompute)
