@@ -1950,7 +1950,7 @@ def test_it_works_where_only_spawn_starts_processes(tmp_path, video_set):
     (tmp_path / "script.py").write_text(SPAWN_ONLY)
     flags = run_flags(video_set, tmp_path / "run", "--steps", "2", "--workers", "1")
     done = subprocess.run([sys.executable, tmp_path / "script.py", *map(str, flags)], capture_output=True,
-                          text=True, timeout=120, env={**ONE_THREAD, "PYTHONPATH": str(HERE)})
+                          text=True, timeout=300, env={**ONE_THREAD, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("spawn")
     assert not done.stderr
