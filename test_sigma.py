@@ -100,8 +100,7 @@ def scenarios(request, tmp_path_factory):
 # ============ sigma.py: tubes, mask and Sinkhorn ============
 def test_tube_mask_hides_the_same_patches_in_every_step_and_each_equally_often():
     mask = tube_mask(5, steps=8, patches=196, ratio=0.9, generator=seeded(0))
-    assert mask.shape == (5, 8 * 196)
-    assert mask.dtype == torch.bool
+    assert (mask.shape, mask.dtype) == ((5, 8 * 196), torch.bool)
     steps = mask.view(5, 8, 196)
     assert (steps == steps[:, :1]).all()
     assert (steps.sum(dim=2) == 176).all()
@@ -1968,6 +1967,15 @@ def test_a_mistake_under_torchrun_is_its_last_word(tmp_path, videos):
     assert "--dino-weights" in line
     assert lines[-2].endswith(line)
     assert "train.py\", line" not in output
+
+
+def unlike(*flags):
+    main_here(*flags, "--steps", 2 + train.rank())
+
+
+@beside
+def test_processes_that_differ_in_their_flags_are_told_so(tmp_path, videos):
+    assert "processes differ in flags" in Apart(*run_flags(videos, tmp_path), world=2, start=unlike).end(2)
 
 
 @beside
