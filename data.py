@@ -374,7 +374,7 @@ class Video(AbstractContextManager):
                     raise VideoError("a frame is damaged, or its time is")
                 newest = frame.pts
                 if newest in number_at:
-                    yield number_at.pop(newest), frame  # `decode` has it as `wanted`, but is past it
+                    yield number_at.pop(newest), frame  # decode reads number_at too, but is past this packet
             if number_at:
                 raise VideoError(f"frame {min(number_at.values())} is missing")
 
@@ -554,8 +554,8 @@ def square_crop(width, height, place=0.5):
 
 
 # Pretraining's crops, as in the authors' release: width and height are shares of the short side, at most one
-# step of CROP_SCALES apart. A crop's place, in quarters of the room beside it: corners, edges, centre (even
-# numbers), and between centre and corners (odd).
+# step of CROP_SCALES apart. A crop's place counts quarters of the room beside it: even numbers are
+# corners, middles of edges and the centre, odd ones lie between centre and corners.
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
 CROP_SHAPES = [(w, h) for w in CROP_SCALES for h in CROP_SCALES if abs(w - h) < 0.2]
 CROP_PLACES = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
@@ -1113,7 +1113,7 @@ def judge(error, workers, board):
                 reason = 'does the program begin below `if __name__ == "__main__":`? Workers import it, too'
             raise WorkerError(f"a worker has ended (exit code {code}): {reason}")
     if lost and not blamed:
-        raise WorkerError(f"workers are lost, try again: {one_line(error)}") from None
+        raise WorkerError(f"workers are lost: try again, or a shorter TMPDIR: {one_line(error)}") from None
     if not blamed and "DataLoader timed out" not in str(error):
         raise error
     return blamed
@@ -1176,7 +1176,7 @@ class Reencoder(Dataset):
         target = Path(self.targets.path(number))
         try:
             if not target.exists():
-                file = io.BytesIO()  # a killed process leaves nothing behind
+                file = io.BytesIO()  # in memory, so that a killed process leaves nothing behind
                 with announced(self, number, limit=3600):
                     reencode(self.videos.path(number), file, *self.options)
                 save(target, file.getvalue())

@@ -123,7 +123,7 @@ def make_parser():
     add("--frames", count, 16, "frames in a clip")
     add("--stride", whole, 4, "from one frame to the next; 0: spread over the video. SSv2: 2, fine-tuned 0")
     add("--image-size", count, 224, "pixels a side")
-    add("--repeats", count, 1, "clips from each decoding of a video")
+    add("--repeats", count, 1, "clips from each decoding of a video, in pretraining")
     add("--workers", whole, None, "decoding processes of each rank [its share of cores, to 16; on a CPU 1]")
 
     # Schedule
@@ -204,8 +204,10 @@ def parse_args(argv=None):
         raise Stop(f"{checkpoint} is of --size {weights.settings['size']}")
     if mode == "bench" and args.accumulate > 1:
         raise Stop("--bench times micro-batches: leave --accumulate out")
-    if args.batch_size % args.repeats or mode == "finetune" and args.repeats > 1:
-        raise Stop("--repeats must divide --batch-size; --finetune, which mixes neighbours, takes none")
+    if args.batch_size % args.repeats:
+        raise Stop("--repeats must divide --batch-size")
+    if mode == "finetune" and args.repeats > 1:
+        raise Stop("--finetune takes no --repeats: it would mix a clip with another one of the same video")
     return args, weights
 
 
@@ -625,13 +627,11 @@ DINO_URLS = {
 
 
 def load_teacher(args, model):
-    """Fills DINO's network, for --target dino, from --dino-weights or its public file.
-
-    A machine's first process downloads the file and keeps it. Then the others read it."""
+    """Fills DINO's network from --dino-weights, or from its public file, which is downloaded."""
     if args.target != "dino":
         return
     url = DINO_URLS[args.teacher]
-    for first in (True, False):
+    for first in (True, False):  # a machine's first process downloads and keeps it, then the others read it
         with agreed():
             if first == (rank("LOCAL_RANK") == 0):
                 try:
